@@ -1,0 +1,82 @@
+"""What a learned regulariser is, and the kind that is made of local layers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from melcore.errors import ShapeError
+from melcore.networks.layers import Halo, LocalLayer
+
+
+class Regulariser(nn.Module, ABC):
+    """Complex image ``(batch, set, time, z, y, x)`` to an image of the same shape.
+
+    Attributes
+    ----------
+    dimensions
+        ``"2d"``, ``"3d"``, ``"2d+t"`` or ``"3d+t"``: which data the regulariser is meant for.
+    sets
+        Map sets that it expects.
+    halo
+        Input samples on either side, along (time, z, y, x), that one output sample depends on; None: all of them.
+    """
+
+    dimensions: str
+    sets: int
+    halo: Halo | None = None
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Regularise: complex ``(batch, set, time, z, y, x)`` to the same shape."""
+
+
+class LocalRegulariser(Regulariser):
+    """``x + from_features(layers(to_features(x)))`` with local layers and pointwise activations.
+
+    Being local makes it streamable: an executor may compute it plane by plane, with `layers` and their halos.
+    """
+
+    def __init__(self, layers: Sequence[LocalLayer], *, dimensions: str, sets: int) -> None:
+        super().__init__()
+        self.dimensions, self.sets = dimensions, sets
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def halo(self) -> Halo:  # type: ignore[override]
+        """Sum of the halos of the layers."""
+        time, z, y, x = (sum(sizes) for sizes in zip(*(layer.halo for layer in self.layers), strict=True))
+        return time, z, y, x
+
+    @staticmethod
+    def to_features(x: Tensor) -> Tensor:
+        """Complex ``(batch, set, time, z, y, x)`` to real ``(batch, time, 2 set, z, y, x)``."""
+        batch, sets, time, *space = x.shape
+        parts = torch.view_as_real(x.resolve_conj()).permute(0, 2, 1, 6, 3, 4, 5)
+        return parts.reshape(batch, time, 2 * sets, *space)
+
+    @staticmethod
+    def from_features(features: Tensor) -> Tensor:
+        """Inverse of `to_features`."""
+        batch, time, channels, *space = features.shape
+        parts = features.view(batch, time, channels // 2, 2, *space).permute(0, 2, 1, 4, 5, 6, 3)
+        return torch.view_as_complex(parts.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Regulariser.forward`."""
+        if x.ndim != 6 or x.shape[1] != self.sets or not x.is_complex():
+            raise ShapeError(
+                f"{type(self).__name__} expects a complex image (batch, {self.sets}, time, z, y, x), "
+                f"but got {x.dtype} {tuple(x.shape)}."
+            )
+        features = self.to_features(x)
+        for layer in self.layers:
+            features = layer(features)
+        return x + self.from_features(features.to(x.real.dtype))
+
+
+def soften_last(layers: Sequence[LocalLayer], factor: float = 0.1) -> None:
+    """Scale the last layer's weights: an untrained regulariser is then nearly the identity, and training stable."""
+    with torch.no_grad():
+        layers[-1].weight.mul_(factor)

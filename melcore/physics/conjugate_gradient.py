@@ -1,0 +1,103 @@
+"""Conjugate gradients that say whether they converged.
+
+Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, J Res NBS 49:409 (1952).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from melcore.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found.
+
+    Attributes
+    ----------
+    value
+        The solution, shaped as the right-hand side.
+    iterations
+        Applications of the normal operator after the start.
+    residual
+        ``|rhs - normal(value)| / |rhs|`` of each batch element, as the recursion tracked it.
+    converged
+        Whether every element reached the tolerance.
+    """
+
+    value: Tensor
+    iterations: int
+    residual: Tensor
+    converged: bool
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Real inner product of each batch element, shaped to broadcast against the arguments."""
+    axes = tuple(range(1, a.ndim))
+    product = torch.view_as_real(a) * torch.view_as_real(b) if a.is_complex() else (a * b).unsqueeze(-1)
+    return product.sum(dim=(*axes, a.ndim), keepdim=True).squeeze(-1)
+
+
+def conjugate_gradient(
+    normal: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    *,
+    initial: Tensor | None = None,
+    relative_tolerance: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Solution:
+    """Solve ``normal(x) = rhs`` for a self-adjoint positive definite `normal`.
+
+    Elements of the batch (the first axis) are independent systems: each has its own steps and stops on its own, so that
+    the result does not depend on what else is in the batch. The iterations are differentiable as they are executed
+    (the gradient of *truncated* conjugate gradients, not the implicit one).
+
+    Parameters
+    ----------
+    normal
+        The operator; applied once an iteration, and once more for an `initial` value.
+    rhs
+        Right-hand side, ``(batch, ...)``, real or complex.
+    initial
+        Where to begin; zero by default.
+    relative_tolerance
+        Stop when ``|residual| <= relative_tolerance * |rhs|``. Zero runs all `max_iterations`.
+    max_iterations
+        Stop in any case. Not having converged is told in the result, not raised.
+    callback
+        Called with (iteration, value, relative residual) after each iteration.
+    """
+    if initial is not None and initial.shape != rhs.shape:
+        raise ShapeError(
+            f"initial {tuple(initial.shape)} and rhs {tuple(rhs.shape)} of conjugate_gradient differ in shape."
+        )
+    x = torch.zeros_like(rhs) if initial is None else initial
+    residual = rhs if initial is None else rhs - normal(x)
+    direction = residual
+    energy = _dot(residual, residual)
+    # A zero right-hand side has the solution zero: its norm is replaced, so that the residual is 0 and not NaN.
+    scale = _dot(rhs, rhs).detach()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    limit = relative_tolerance**2 * scale
+    iterations = 0
+    active = energy.detach() > limit
+    while iterations < max_iterations and bool(active.any()):
+        applied = normal(direction)
+        curvature = _dot(direction, applied)
+        # Elements that are done take steps of length zero; the divisor 1 keeps them finite, in the backward too.
+        step = torch.where(active, energy, 0.0) / torch.where(active, curvature, 1.0)
+        x = x + step * direction
+        residual = residual - step * applied
+        new_energy = _dot(residual, residual)
+        direction = residual + new_energy / torch.where(energy > 0, energy, 1.0) * direction
+        energy = new_energy
+        iterations += 1
+        active = active & (energy.detach() > limit)
+        if callback is not None:
+            callback(iterations, x, (energy.detach() / scale).sqrt().flatten())
+    relative = (energy.detach() / scale).sqrt()
+    return Solution(x, iterations, relative.flatten(), not bool((energy.detach() > limit).any()))

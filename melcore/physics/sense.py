@@ -1,0 +1,102 @@
+"""Cartesian parallel imaging: coil maps, Fourier transform, sampling mask.
+
+Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magn Reson Med 42:952 (1999); with several map sets, soft
+SENSE: Uecker et al., ESPIRiT, Magn Reson Med 71:990 (2014).
+"""
+
+import torch
+from torch import Tensor
+
+from melcore import layout
+from melcore.errors import ShapeError
+from melcore.physics.fourier import centring_phase
+from melcore.physics.operator import LinearOperator
+
+_SPACE = (-3, -2, -1)
+
+
+class Sense(LinearOperator):
+    """Image ``(batch, set, time, z, y, x)`` to k-space ``(batch, coil, time, z, y, x)``.
+
+    ``forward(x)[coil] = mask * fft(sum over sets of coil_maps[set, coil] * x[set])``. A matrix of one sample along z,
+    or along z and y, makes it the 2D or 1D operator. Coils are processed in groups, so that no more than one group
+    exists in image space at a time; the group size changes memory, not results.
+
+    Parameters
+    ----------
+    coil_maps
+        Complex ``(batch, set, coil, 1, z, y, x)``; time 1 or that of the data.
+    mask
+        Sampling mask or real weights in [0, 1], broadcastable to ``(batch, 1, time, z, y, x)``. Data outside the mask
+        are ignored; weights act as ``diag(weights)`` in `forward` and in `adjoint`.
+    time
+        Frames; needed where neither the mask nor the maps show them.
+    coil_batch
+        Coils processed together; all by default.
+    """
+
+    coil_maps: Tensor
+    mask: Tensor
+
+    def __init__(
+        self, coil_maps: Tensor, mask: Tensor, *, time: int | None = None, coil_batch: int | None = None
+    ) -> None:
+        layout.check_axes(tuple(coil_maps.shape), layout.COIL_MAPS_AXES, "coil maps")
+        layout.check_axes(tuple(mask.shape), layout.K_SPACE_AXES, "the sampling mask")
+        batch, sets, coils, map_time, *matrix = coil_maps.shape
+        frames = time or max(mask.shape[2], map_time)
+        expected = (batch, 1, frames, *matrix)
+        if any(m not in (1, e) for m, e in zip(mask.shape, expected, strict=True)) or map_time not in (1, frames):
+            raise ShapeError(
+                f"the sampling mask {tuple(mask.shape)} and the coil maps {tuple(coil_maps.shape)} do not fit: "
+                f"with these maps and {frames} frames the mask must broadcast to {expected}."
+            )
+        super().__init__((batch, sets, frames, *matrix), (batch, coils, frames, *matrix))
+        self.coil_batch = coil_batch or coils
+        # The phase ramps that centre the Fourier transform are folded in: the inner ones live in the maps, the outer
+        # ones in `_outer`; in the normal operator the outer ones cancel, which leaves plain transforms.
+        for ramp in centring_phase(coil_maps.shape, _SPACE, like=coil_maps):
+            coil_maps = coil_maps * ramp
+        self._axes = [axis for axis in _SPACE if matrix[axis] > 1]
+        self.register_buffer("coil_maps", coil_maps, persistent=False)
+        self.register_buffer("mask", mask.to(coil_maps.real.dtype), persistent=False)
+
+    def _coils(self) -> list[slice]:
+        coils = self.codomain[1]
+        return [slice(start, min(start + self.coil_batch, coils)) for start in range(0, coils, self.coil_batch)]
+
+    def _encode(self, x: Tensor, group: slice) -> Tensor:
+        """Coil images of a group of coils, transformed; still without the outer phase ramps and the mask."""
+        maps = self.coil_maps[:, :, group]
+        coil_images = maps[:, 0] * x[:, :1]
+        for index in range(1, self.domain[1]):
+            coil_images = torch.addcmul(coil_images, maps[:, index], x[:, index : index + 1])
+        return torch.fft.fftn(coil_images, dim=self._axes, norm="ortho") if self._axes else coil_images
+
+    def _combine(self, k_space: Tensor, group: slice) -> Tensor:
+        """Adjoint of `_encode`."""
+        images = torch.fft.ifftn(k_space, dim=self._axes, norm="ortho") if self._axes else k_space
+        maps = self.coil_maps[:, :, group].conj()
+        return torch.stack([(maps[:, index] * images).sum(1) for index in range(self.domain[1])], dim=1)
+
+    def _outer(self, k_space: Tensor, conjugate: bool) -> Tensor:
+        k_space = k_space * self.mask
+        for ramp in centring_phase(k_space.shape, _SPACE, like=k_space, conjugate=conjugate):
+            k_space = k_space.mul_(ramp)
+        return k_space
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self._outer(self._encode(x, group), conjugate=False) for group in self._coils()], dim=1)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        image = y.new_zeros(self.domain)
+        for group in self._coils():
+            image += self._combine(self._outer(y[:, group], conjugate=True), group)
+        return image
+
+    def _normal(self, x: Tensor) -> Tensor:
+        weight = self.mask.square()
+        image = x.new_zeros(self.domain)
+        for group in self._coils():
+            image += self._combine(self._encode(x, group).mul_(weight), group)
+        return image

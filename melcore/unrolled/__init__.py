@@ -1,0 +1,7 @@
+"""Unrolled reconstruction schemes: iterations of data consistency and a learned regulariser, strung together."""
+
+from melcore.unrolled.iteration import Encoding, Iteration, State
+from melcore.unrolled.model import Unrolled
+from melcore.unrolled.modl import MoDL
+
+__all__ = ["Encoding", "Iteration", "MoDL", "State", "Unrolled"]

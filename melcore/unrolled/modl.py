@@ -1,0 +1,64 @@
+"""MoDL: a learned regulariser and data consistency by conjugate gradients, in turn.
+
+Aggarwal, Mani, Jacob: MoDL: model-based deep learning architecture for inverse problems, IEEE Trans Med Imaging 38:394
+(2019).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from melcore.errors import ConfigError
+from melcore.networks import Regulariser
+from melcore.physics import conjugate_gradient
+from melcore.unrolled.iteration import Encoding, Iteration, State
+
+
+class MoDL(Iteration):
+    """``z = regulariser(x)``, then ``x`` minimises ``|A x - y|^2 + mu |x - z|^2``, begun from ``z``.
+
+    Parameters
+    ----------
+    regulariser
+        The learned part.
+    mu
+        Initial weight of the regulariser, learned as ``exp(log_mu)``, so that it stays positive.
+    cg_iterations
+        At most so many steps of conjugate gradients.
+    relative_tolerance
+        Where they stop earlier; 0 always runs `cg_iterations`.
+    """
+
+    def __init__(
+        self, regulariser: Regulariser, *, mu: float = 0.05, cg_iterations: int = 10, relative_tolerance: float = 0.0
+    ) -> None:
+        super().__init__()
+        if mu <= 0 or cg_iterations < 1:
+            raise ConfigError(
+                f"MoDL needs mu > 0 and cg_iterations >= 1, but got mu={mu}, cg_iterations={cg_iterations}."
+            )
+        self.regulariser = regulariser
+        self.log_mu = nn.Parameter(torch.tensor(math.log(mu)))
+        self.cg_iterations, self.relative_tolerance = cg_iterations, relative_tolerance
+
+    @property
+    def mu(self) -> Tensor:
+        """Weight of the regulariser, positive."""
+        return self.log_mu.exp()
+
+    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+        """See `Iteration.before`."""
+        return state[0], ()
+
+    def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
+        """See `Iteration.after`."""
+        mu = self.mu
+        solution = conjugate_gradient(
+            lambda v: encoding.operator.normal(v) + mu * v,
+            encoding.adjoint_data + mu * regularised,
+            initial=regularised,
+            relative_tolerance=self.relative_tolerance,
+            max_iterations=self.cg_iterations,
+        )
+        return (solution.value,)
