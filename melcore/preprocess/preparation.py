@@ -1,0 +1,199 @@
+"""From whitened k-space to what a reconstruction starts from: the one path of training data and of the scanner.
+
+Coils are compressed, sensitivity maps estimated by BART, the data scaled, and a start image computed. Each choice is a
+setting that a model bundle records, so that a network sees at the scanner what it saw in training.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from melcore.data import CoilMaps, KSpace
+from melcore.errors import DataError, ShapeError
+from melcore.physics import Sense, conjugate_gradient
+from melcore.preprocess.calibration import calibration_region
+from melcore.preprocess.compression import coil_compression_matrix, compress_coils
+from melcore.preprocess.scaling import image_scale
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How k-space is prepared. The defaults suit brains and bodies at 4 to 32 coils.
+
+    Attributes
+    ----------
+    coils
+        Compress to at most so many virtual coils; None keeps all.
+    map_sets
+        Sets of sensitivity maps (2: soft SENSE).
+    map_method
+        ``"espirit"`` or ``"caldir"``; see `melcore.io.bart.estimate_coil_maps`.
+    calibration_size
+        At most so many central samples along each axis are used for the maps.
+    start
+        ``"zero"``: the start image is a short CG-SENSE from zero. ``"time average"``: it begins from, and is drawn
+        towards, the average over time; for data that differ little from frame to frame.
+    start_iterations, start_weight
+        Steps of conjugate gradients, and weight of the quadratic penalty, of the start image.
+    """
+
+    coils: int | None = None
+    map_sets: int = 1
+    map_method: Literal["espirit", "caldir"] = "espirit"
+    calibration_size: int = 24
+    start: Literal["zero", "time average"] = "zero"
+    start_iterations: int = 8
+    start_weight: float = 0.02
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a reconstruction starts from.
+
+    Attributes
+    ----------
+    k_space
+        Compressed and divided by `scale`.
+    coil_maps
+        Maps of the (virtual) coils.
+    scale
+        ``(batch,)``, positive: multiply images by it to return to the units of the whitened data.
+    initial
+        Start image ``(batch, set, time, z, y, x)``, in scaled units.
+    retained_energy
+        Fraction of the calibration data's energy that coil compression kept.
+    """
+
+    k_space: KSpace
+    coil_maps: CoilMaps
+    scale: Tensor
+    initial: Tensor
+    retained_energy: float
+
+    def operator(self) -> Sense:
+        """The encoding operator of these data."""
+        return Sense(self.coil_maps.data, self.k_space.mask, time=self.k_space.data.shape[2])
+
+
+def prepare(
+    k_space: KSpace,
+    *,
+    calibration: KSpace | None = None,
+    coil_maps: CoilMaps | None = None,
+    settings: Preparation = Preparation(),
+) -> Prepared:
+    """Prepare whitened k-space for reconstruction.
+
+    Parameters
+    ----------
+    k_space
+        Whitened, without readout oversampling.
+    calibration
+        Separate calibration data on the same grid; by default the centre of `k_space` itself.
+    coil_maps
+        Maps of the coils as they are; then neither compression nor estimation takes place.
+    settings
+        See `Preparation`.
+
+    Raises
+    ------
+    DataError
+        If there is no sample, a sample that is not finite, or no calibration region for the maps.
+    ShapeError
+        If given maps or calibration data do not fit the k-space.
+    """
+    _check(k_space, calibration, coil_maps)
+    source = calibration or k_space
+    retained = 1.0
+    if coil_maps is None:
+        # Imported here: estimating maps starts a program, which those who bring their own maps do not need.
+        from melcore.io.bart import estimate_coil_maps
+
+        if settings.coils is not None and settings.coils < k_space.data.shape[1]:
+            matrix, retained = coil_compression_matrix(source.data, settings.coils)
+            k_space = replace(k_space, data=compress_coils(k_space.data, matrix))
+            source = k_space if calibration is None else replace(source, data=compress_coils(source.data, matrix))
+        coil_maps = estimate_coil_maps(
+            source, method=settings.map_method, sets=settings.map_sets, calibration_size=settings.calibration_size
+        )
+    scale = image_scale(source.data, coil_maps.data, calibration_region(source.mask))
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise DataError(
+            "the calibration region holds no signal within the coil maps, so the data cannot be scaled: "
+            "check that the centre of k-space lies at index n // 2 of every axis."
+        )
+    k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
+    initial = start_image(
+        k_space,
+        coil_maps,
+        from_average=settings.start == "time average",
+        iterations=settings.start_iterations,
+        weight=settings.start_weight,
+    )
+    return Prepared(k_space, coil_maps, scale, initial, retained)
+
+
+def start_image(k_space: KSpace, coil_maps: CoilMaps, *, from_average: bool, iterations: int, weight: float) -> Tensor:
+    """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |x - reference|^2``, after some iterations.
+
+    Parameters
+    ----------
+    k_space, coil_maps
+        Scaled data, and their maps.
+    from_average
+        The reference is the average over time instead of zero; it is also where the iterations begin.
+    iterations, weight
+        Steps of conjugate gradients, and weight of the penalty (positive).
+
+    Returns
+    -------
+    Tensor
+        Image ``(batch, set, time, z, y, x)``.
+    """
+    operator = Sense(coil_maps.data, k_space.mask, time=k_space.data.shape[2])
+    rhs = operator.adjoint(k_space.data)
+    reference = None
+    if from_average and k_space.data.shape[2] > 1:
+        reference = time_average(k_space, coil_maps).expand_as(rhs)
+        rhs = rhs + weight * reference
+    solution = conjugate_gradient(
+        lambda v: operator.normal(v) + weight * v,
+        rhs,
+        initial=reference,
+        relative_tolerance=1e-5,
+        max_iterations=iterations,
+    )
+    return solution.value
+
+
+def time_average(k_space: KSpace, coil_maps: CoilMaps) -> Tensor:
+    """SENSE combination of the k-space averaged over the frames that sampled it, ``(batch, set, 1, z, y, x)``."""
+    mask = k_space.mask.expand(-1, -1, k_space.data.shape[2], -1, -1, -1)
+    counts = mask.sum(2, keepdim=True)
+    averaged = k_space.data.sum(2, keepdim=True) / counts.clamp(min=1)
+    return Sense(coil_maps.data, counts > 0).adjoint(averaged)
+
+
+def _check(k_space: KSpace, calibration: KSpace | None, coil_maps: CoilMaps | None) -> None:
+    shape = tuple(k_space.data.shape)
+    for name, data in (("k-space", k_space), ("calibration data", calibration)):
+        if data is None:
+            continue
+        if not bool(torch.isfinite(torch.view_as_real(data.data)).all()):
+            raise DataError(
+                f"the {name} {tuple(data.data.shape)} holds NaN or infinite samples: repair or exclude them."
+            )
+        if not bool(data.mask.any()) or not bool(data.data.any()):
+            raise DataError(f"the {name} {tuple(data.data.shape)} holds no sample that is not zero.")
+    if calibration is not None and calibration.data.shape[1] != shape[1]:
+        raise ShapeError(
+            f"the calibration data have {calibration.data.shape[1]} coils {tuple(calibration.data.shape)} but the "
+            f"k-space has {shape[1]} {shape}: take both from the same coils."
+        )
+    if coil_maps is not None and coil_maps.data.shape[2] != shape[1]:
+        raise ShapeError(
+            f"CoilMaps have {coil_maps.data.shape[2]} coils {tuple(coil_maps.data.shape)} but the k-space has "
+            f"{shape[1]} {shape}: compress both with the same matrix, or estimate maps after compression."
+        )

@@ -1,0 +1,221 @@
+"""k-space and a model to an image: the one entrance for files, gadgets and scripts."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from melcore.bundle import Bundle
+from melcore.data import CoilMaps, Image, KSpace
+from melcore.errors import ConfigError, DataError, MelError
+from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
+from melcore.quality import acceleration, data_residual, map_support
+from melcore.unrolled import Encoding
+
+Conventional = Literal["cg-sense", "adjoint"]
+CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
+
+# CG-SENSE with a light quadratic penalty, near the optimum on brains at SNR 20 to 50 (benchmarks/quality.py).
+_CG_ITERATIONS, _CG_WEIGHT = 30, 0.02
+
+
+class DeadlineExceededError(MelError, TimeoutError):
+    """The learned reconstruction would have come too late."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An image, and how it came about.
+
+    Attributes
+    ----------
+    image
+        In the units of the whitened k-space.
+    quality
+        Figures of `melcore.quality`, and ``scale`` and ``retained_energy`` of the preparation.
+    timings
+        Seconds of each step.
+    path_taken
+        ``learned``, ``cg-sense`` or ``adjoint``: what the image really is.
+    warning
+        Why it is not what was asked for, or empty.
+    """
+
+    image: Image
+    quality: dict[str, float]
+    timings: dict[str, float]
+    path_taken: str
+    warning: str = ""
+
+
+@dataclass
+class Reconstructor:
+    """Reconstructs k-space with a model bundle or a conventional method.
+
+    Parameters
+    ----------
+    model
+        A bundle, the path or name of one, or ``"cg-sense"`` or ``"adjoint"`` (``"none"`` is ``"cg-sense"``).
+    device
+        ``"auto"`` takes a GPU where there is one.
+    deadline
+        Seconds after which a learned reconstruction is given up.
+    fallback
+        Where the learned reconstruction fails or is late: give a conventional one, labelled, with a warning. Errors of
+        the data (`MelError`) are raised in any case, for no method could help.
+    preparation
+        Replaces the bundle's (or the default) preparation.
+    """
+
+    model: Bundle | str | Path
+    device: str = "auto"
+    deadline: float | None = None
+    fallback: bool = True
+    preparation: Preparation | None = None
+    _bundle: Bundle | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str) and self.model == "none":
+            self.model = "cg-sense"
+        if isinstance(self.model, Bundle):
+            self._bundle = self.model
+        elif self.model not in CONVENTIONAL:
+            self._bundle = Bundle.load(self.model)
+        if self.deadline is not None and self.deadline <= 0:
+            raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"the device {self.device!r} cannot be used here: {error}") from error
+        if self._bundle is not None:
+            self._bundle.model.to(self.device)
+
+    @property
+    def name(self) -> str:
+        """What images are labelled with: the bundle's name and digest, or the method."""
+        return f"{self._bundle.name}@{self._bundle.digest}" if self._bundle else str(self.model)
+
+    def __call__(
+        self, k_space: KSpace, coil_maps: CoilMaps | None = None, calibration: KSpace | None = None
+    ) -> Reconstruction:
+        """Reconstruct whitened k-space without readout oversampling.
+
+        Parameters
+        ----------
+        k_space
+            See `melcore.data.KSpace`.
+        coil_maps
+            Maps, where they are known; else BART estimates them.
+        calibration
+            Separate calibration data on the same grid.
+
+        Raises
+        ------
+        DataError
+            If the data cannot be used (see `prepare`), or are of another dimensionality than the bundle.
+        """
+        begin = time.perf_counter()
+        settings = self.preparation or (self._bundle.preparation if self._bundle else Preparation())
+        if self._bundle is not None:
+            _check_dimensions(self._bundle, k_space)
+        prepared = prepare(k_space, calibration=calibration, coil_maps=coil_maps, settings=settings)
+        timings = {"prepare": time.perf_counter() - begin}
+        path, warning = "learned", ""
+        if self._bundle is None:
+            path = str(self.model)
+            image = _conventional(prepared, self.model)
+        else:
+            try:
+                image = self._learned(self._bundle, prepared, begin)
+            except (RuntimeError, MemoryError, DeadlineExceededError) as error:
+                if not self.fallback:
+                    raise
+                path = "cg-sense"
+                warning = f"the learned reconstruction failed, this is CG-SENSE: {' '.join(str(error).split())}"
+                image = _conventional(prepared, "cg-sense")
+        timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
+        quality = {
+            "acceleration": acceleration(prepared),
+            "data_residual": data_residual(image, prepared),
+            "map_support": map_support(prepared),
+            "retained_energy": prepared.retained_energy,
+            "scale": float(prepared.scale.mean()),
+        }
+        support = prepared.coil_maps.data.abs().sum(2) > 0
+        image = (image * support).cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
+        timings["total"] = time.perf_counter() - begin
+        return Reconstruction(Image(image, k_space.info), quality, timings, path, warning)
+
+    def _learned(self, bundle: Bundle, prepared: Prepared, begin: float) -> Tensor:
+        """The network's image, one element of the batch after the other, so that memory does not grow with slices."""
+        images = []
+        with torch.no_grad(), _deadline(bundle, self.deadline, begin):
+            for index in range(prepared.initial.shape[0]):
+                part = _element(prepared, index)
+                operator = part.operator().to(self.device)
+                encoding = Encoding(operator, operator.adjoint(part.k_space.data.to(self.device)))
+                images.append(bundle.model.refine(encoding, part.initial.to(self.device)).cpu())
+        image = torch.cat(images)
+        if not bool(torch.isfinite(torch.view_as_real(image)).all()):
+            raise RuntimeError("the network's image is not finite")
+        return image
+
+
+def data_dimensions(k_space: KSpace) -> str:
+    """``2d``, ``3d``, ``2d+t`` or ``3d+t``, from the axes of the data."""
+    _, _, frames, z, _, _ = k_space.data.shape
+    return ("3d" if z > 1 else "2d") + ("+t" if frames > 1 else "")
+
+
+def _check_dimensions(bundle: Bundle, k_space: KSpace) -> None:
+    found = data_dimensions(k_space)
+    # A static network may take the frames of a series one by one; no other combination has a meaning.
+    if found not in (bundle.dimensions, f"{bundle.dimensions}+t"):
+        raise DataError(
+            f"the bundle {bundle.name} is for {bundle.dimensions} data, but these are {found} "
+            f"{tuple(k_space.data.shape)}: choose a bundle for {found}, or --model none."
+        )
+
+
+def _conventional(prepared: Prepared, method: object) -> Tensor:
+    if method == "adjoint":
+        return prepared.operator().adjoint(prepared.k_space.data)
+    return start_image(
+        prepared.k_space, prepared.coil_maps, from_average=False, iterations=_CG_ITERATIONS, weight=_CG_WEIGHT
+    )
+
+
+def _element(prepared: Prepared, index: int) -> Prepared:
+    """One element of the batch."""
+    one = slice(index, index + 1)
+    mask = prepared.k_space.mask
+    k_space = replace(prepared.k_space, data=prepared.k_space.data[one], mask=mask if mask.shape[0] == 1 else mask[one])
+    maps = replace(prepared.coil_maps, data=prepared.coil_maps.data[one])
+    return replace(prepared, k_space=k_space, coil_maps=maps, initial=prepared.initial[one], scale=prepared.scale[one])
+
+
+@contextmanager
+def _deadline(bundle: Bundle, seconds: float | None, begin: float) -> Iterator[None]:
+    """Raise before any pass of the network that begins after the deadline."""
+    if seconds is None:
+        yield
+        return
+
+    def check(*_: object) -> None:
+        elapsed = time.perf_counter() - begin
+        if elapsed > seconds:
+            raise DeadlineExceededError(f"the deadline of {seconds:g} s passed after {elapsed:.1f} s")
+
+    hooks = [iteration.register_forward_pre_hook(check) for iteration in bundle.model.distinct]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

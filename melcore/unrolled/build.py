@@ -1,0 +1,70 @@
+"""From a description to a model: what a configuration file and a bundle's card hold."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from melcore.errors import ConfigError, unknown
+from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.unrolled.iteration import Iteration
+from melcore.unrolled.model import Unrolled
+from melcore.unrolled.modl import MoDL
+
+REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {"resnet": ResidualCNN, "spacetime": SpaceTimeCNN}
+SCHEMES: Mapping[str, Callable[..., Iteration]] = {"modl": MoDL}
+
+
+def build(architecture: Mapping[str, Any]) -> Unrolled:
+    """Make an untrained model from its description.
+
+    Parameters
+    ----------
+    architecture
+        ``scheme`` (a name in `SCHEMES`), ``iterations``, ``shared`` (one set of weights for all iterations; default
+        true), ``regulariser`` with its ``name`` (in `REGULARISERS`), and whatever keyword options the scheme and the
+        regulariser take.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown or missing entry; the message names the nearest known one.
+
+    Examples
+    --------
+    >>> model = build({"scheme": "modl", "iterations": 5, "mu": 0.1,
+    ...                "regulariser": {"name": "resnet", "dimensions": 3, "channels": 16, "layers": 3}})
+    >>> len(model.iterations)
+    5
+    """
+    options = dict(architecture)
+    scheme = _choose(SCHEMES, options.pop("scheme", "modl"), "scheme")
+    count, shared = options.pop("iterations", 5), options.pop("shared", True)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"iterations must be a whole number of at least 1, but is {count!r}.")
+    description = options.pop("regulariser", None)
+    if not isinstance(description, Mapping) or "name" not in description:
+        raise ConfigError(f"the model needs a regulariser with a name, one of {', '.join(sorted(REGULARISERS))}.")
+    inner = dict(description)
+    regulariser = _choose(REGULARISERS, inner.pop("name"), "regulariser")
+    return Unrolled.repeat(
+        lambda: _call(scheme, options, "scheme option", _call(regulariser, inner, "regulariser option")),
+        count,
+        shared=bool(shared),
+    )
+
+
+def _choose(registry: Mapping[str, Any], name: Any, what: str) -> Any:
+    if name not in registry:
+        raise unknown(what, str(name), registry)
+    return registry[name]
+
+
+def _call(make: Callable[..., Any], options: Mapping[str, Any], what: str, *arguments: Any) -> Any:
+    parameters = list(inspect.signature(make).parameters)[len(arguments) :]
+    for key in options:
+        if key not in parameters:
+            raise unknown(what, key, parameters)
+    try:
+        return make(*arguments, **options)
+    except TypeError as error:
+        raise ConfigError(f"the {what}s {dict(options)} do not fit: {error}.") from error
