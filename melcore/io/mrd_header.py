@@ -1,0 +1,105 @@
+"""ISMRMRD's XML header, and what MEL keeps of it. Millimetres and milliseconds end here."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from melcore.data import Geometry, ScanInfo, Vector
+from melcore.errors import DataError
+
+
+def parse_header(xml: str | bytes, source: str = "the header") -> Any:
+    """Read an ISMRMRD header.
+
+    Parameters
+    ----------
+    xml
+        The document.
+    source
+        What to call it in errors.
+
+    Returns
+    -------
+    ismrmrd.xsd.ismrmrdHeader
+        With at least one encoding.
+
+    Raises
+    ------
+    DataError
+        If it is not XML, not an ISMRMRD header, or without encoding.
+    """
+    with warnings.catch_warnings():  # importing ismrmrd resets the warning filters
+        from ismrmrd import xsd
+    try:
+        header = xsd.CreateFromDocument(xml)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split()).replace("ismrmrdHeader.__init__() ", "")
+        raise DataError(f"{source} is not a readable ISMRMRD header: {reason[:300]}") from None
+    if not header.encoding:
+        raise DataError(
+            f"{source} has no <encoding>, so that neither matrix nor field of view are known: the file was not "
+            "completely converted; convert it again."
+        )
+    return header
+
+
+def scan_info(header: Any, encoding: int = 0, acquisition_header: np.void | None = None) -> ScanInfo:
+    """What `melcore.data.ScanInfo` keeps of a header.
+
+    Parameters
+    ----------
+    header
+        From `parse_header`.
+    encoding
+        Which of its encodings.
+    acquisition_header
+        Of an imaging acquisition; gives the orientation, which the header does not know.
+
+    Raises
+    ------
+    DataError
+        If there is no such encoding, or if it is without matrix or field of view.
+    """
+    if not 0 <= encoding < len(header.encoding):
+        raise DataError(f"the header has {len(header.encoding)} encodings, but the data refer to number {encoding}.")
+    encoded, recon = header.encoding[encoding].encodedSpace, header.encoding[encoding].reconSpace
+    matrices = []
+    for name, space in (("encoded", encoded), ("reconstruction", recon)):
+        matrix = (space.matrixSize.z, space.matrixSize.y, space.matrixSize.x)
+        if min(matrix) < 1:
+            raise DataError(f"the header's {name} matrix is {matrix} (z, y, x): every size must be at least 1.")
+        matrices.append(matrix)
+    system, measurement = header.acquisitionSystemInformation, header.measurementInformation
+    trajectory = header.encoding[encoding].trajectory
+    return ScanInfo(
+        encoded_matrix=matrices[0],
+        recon_matrix=matrices[1],
+        encoded_field_of_view=_metres(encoded.fieldOfView_mm),
+        geometry=(_geometry(_metres(recon.fieldOfView_mm), acquisition_header),),
+        trajectory=str(getattr(trajectory, "value", trajectory)),
+        field_strength=system.systemFieldStrength_T if system is not None else None,
+        protocol=(measurement.protocolName or "") if measurement is not None else "",
+    )
+
+
+def _metres(field_of_view: Any) -> Vector:
+    return field_of_view.x / 1e3, field_of_view.y / 1e3, field_of_view.z / 1e3
+
+
+def _geometry(field_of_view: Vector, head: np.void | None) -> Geometry:
+    if head is None:
+        return Geometry(field_of_view)
+    read, phase, normal = (_vector(head[name]) for name in ("read_dir", "phase_dir", "slice_dir"))
+    x, y, z = _vector(head["position"])
+    position = (x / 1e3, y / 1e3, z / 1e3)
+    if not any(read) or not any(phase):  # simulators leave the directions empty
+        return Geometry(field_of_view, position)
+    if not any(normal):
+        normal = _vector(np.cross(read, phase))
+    return Geometry(field_of_view, position, read, phase, normal)
+
+
+def _vector(values: Any) -> Vector:
+    x, y, z = (float(value) for value in values)
+    return x, y, z

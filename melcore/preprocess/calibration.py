@@ -1,0 +1,56 @@
+"""Finds the fully sampled centre of k-space, from which coil maps are estimated."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from melcore import layout
+
+
+def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Size of the fully sampled box around the centre of k-space.
+
+    The box grows from the centre (index ``size // 2``) by one sample along each axis in turn, as BART's does, for as
+    long as every sample in it was taken, in any time frame, in each element of the batch.
+
+    Parameters
+    ----------
+    mask
+        Boolean ``(batch, 1, time, z, y, x)``.
+    shape
+        Of the k-space, where `mask` is broadcast along an axis; such an axis is fully sampled.
+
+    Returns
+    -------
+    tuple of int
+        Sizes ``(z, y, x)``; ``(0, 0, 0)`` if the centre itself was not sampled.
+
+    Raises
+    ------
+    ShapeError
+        If `mask` lacks an axis.
+    """
+    layout.check_axes(tuple(mask.shape), layout.K_SPACE_AXES, "the sampling mask")
+    sampled = mask.any(dim=2).all(dim=0).all(dim=0).cpu().numpy()
+    # Running sums along all axes give the number of samples in any box from its eight corners.
+    sums = np.pad(sampled.astype(np.int64).cumsum(0).cumsum(1).cumsum(2), ((1, 0), (1, 0), (1, 0)))
+
+    def full(sizes: Sequence[int]) -> bool:
+        first = [n // 2 - size // 2 for n, size in zip(sampled.shape, sizes, strict=True)]
+        corners = sums[np.ix_(*[(start, start + size) for start, size in zip(first, sizes, strict=True)])]
+        return bool(np.diff(np.diff(np.diff(corners, axis=0), axis=1), axis=2).item() == np.prod(sizes))
+
+    region = (1, 1, 1)
+    if not full(region):
+        return 0, 0, 0
+    growing = [True, True, True]
+    while any(growing):
+        for axis in (2, 1, 0):
+            larger = (*region[:axis], region[axis] + 1, *region[axis + 1 :])
+            growing[axis] = growing[axis] and larger[axis] <= sampled.shape[axis] and full(larger)
+            region = larger if growing[axis] else region
+    if shape is None:
+        return region
+    sizes = [n if m == 1 else found for n, m, found in zip(shape[-3:], sampled.shape, region, strict=True)]
+    return sizes[0], sizes[1], sizes[2]
