@@ -18,12 +18,12 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, apply: Linear, adjoint: Linear) -> Tensor:
-        ctx.apply, ctx.adjoint = apply, adjoint
+        ctx.maps = (adjoint, apply)  # `ctx.apply` is the engine's own
         return apply(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _Apply.apply(gradients[0], ctx.adjoint, ctx.apply), None, None
+        return _Apply.apply(gradients[0], *ctx.maps), None, None
 
 
 class LinearOperator(nn.Module, ABC):

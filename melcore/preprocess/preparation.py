@@ -31,7 +31,7 @@ class Preparation:
     map_method
         ``"espirit"`` or ``"caldir"``; see `melcore.io.bart.estimate_coil_maps`.
     calibration_size
-        At most so many central samples along each axis are used for the maps.
+        At most so many central samples along each axis are used for the maps; None leaves it to the method.
     start
         ``"zero"``: the start image is a short CG-SENSE from zero. ``"time average"``: it begins from, and is drawn
         towards, the average over time; for data that differ little from frame to frame.
@@ -42,7 +42,7 @@ class Preparation:
     coils: int | None = None
     map_sets: int = 1
     map_method: Literal["espirit", "caldir"] = "espirit"
-    calibration_size: int = 24
+    calibration_size: int | None = None
     start: Literal["zero", "time average"] = "zero"
     start_iterations: int = 8
     start_weight: float = 0.02
@@ -118,7 +118,7 @@ def prepare(
         coil_maps = estimate_coil_maps(
             source, method=settings.map_method, sets=settings.map_sets, calibration_size=settings.calibration_size
         )
-    scale = image_scale(source.data, coil_maps.data, calibration_region(source.mask))
+    scale = image_scale(source.data, coil_maps.data, calibration_region(source.mask, source.data.shape))
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise DataError(
             "the calibration region holds no signal within the coil maps, so the data cannot be scaled: "

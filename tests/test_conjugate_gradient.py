@@ -1,0 +1,99 @@
+"""Conjugate gradients solve what they are given, and say when they did not."""
+
+import pytest
+import torch
+from laws import random, relative, sense
+
+from melcore.errors import ShapeError
+from melcore.physics import conjugate_gradient
+
+DOUBLE = torch.complex128
+
+
+def system(size: int = 12, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Well-conditioned Hermitian systems of different condition numbers, and right-hand sides."""
+    a = random((batch, size, size), seed=seed)
+    weight = torch.tensor([3.0, 0.3, 30.0])[:batch, None, None]
+    return a @ a.mH / size + weight * torch.eye(size), random((batch, size), seed=seed + 1)
+
+
+def test_solves_to_the_tolerance_it_is_given() -> None:
+    matrix, rhs = system()
+    for tolerance in (1e-3, 1e-8, 1e-13):
+        solution = conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], rhs, relative_tolerance=tolerance)
+        true = (rhs - (matrix @ solution.value[..., None])[..., 0]).norm(dim=1) / rhs.norm(dim=1)
+        assert solution.converged
+        assert bool((true <= 1.1 * tolerance + 1e-14).all())
+        assert torch.allclose(true, solution.residual, rtol=0.1, atol=1e-13)
+
+
+def test_says_when_it_did_not_converge() -> None:
+    matrix, rhs = system()
+    solution = conjugate_gradient(
+        lambda v: (matrix @ v[..., None])[..., 0], rhs, relative_tolerance=1e-12, max_iterations=3
+    )
+    assert not solution.converged
+    assert solution.iterations == 3
+    assert float(solution.residual.max()) > 1e-12
+
+
+def test_batch_elements_do_not_know_each_other() -> None:
+    """Each element gets the steps it would get alone, though they need different numbers of them."""
+    matrix, rhs = system()
+    together = conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], rhs, relative_tolerance=1e-6)
+    for index in range(3):
+        one = matrix[index : index + 1]
+        alone = conjugate_gradient(
+            lambda v, one=one: (one @ v[..., None])[..., 0], rhs[index : index + 1], relative_tolerance=1e-6
+        )
+        assert relative(together.value[index], alone.value[0]) < 1e-13
+
+
+def test_real_systems_and_zero_right_hand_sides() -> None:
+    matrix = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+    rhs = torch.stack([torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)])
+    solution = conjugate_gradient(lambda v: v @ matrix, rhs, relative_tolerance=1e-12)
+    assert solution.converged
+    assert torch.allclose(solution.value[0], 1 / torch.arange(1.0, 6.0, dtype=torch.float64))
+    assert torch.equal(solution.value[1], rhs[1])
+
+
+def test_an_exact_start_needs_no_iteration() -> None:
+    matrix, x = system()
+    rhs = (matrix @ x[..., None])[..., 0]
+    solution = conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], rhs, initial=x, relative_tolerance=1e-10)
+    assert solution.iterations == 0
+    assert torch.equal(solution.value, x)
+
+
+def test_gradient_is_that_of_the_executed_iterations() -> None:
+    """Against finite differences, for a number of iterations that is far from converged, and for a weight."""
+    operator = sense((1, 5, 6), time=2)(DOUBLE)
+    z, y = random(operator.domain, seed=7), random(operator.domain, seed=8)
+
+    def solve(z: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+        solution = conjugate_gradient(
+            lambda v: operator.normal(v) + mu * v, y + mu * z, initial=z, relative_tolerance=0, max_iterations=4
+        )
+        return solution.value
+
+    mu = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(solve, (z.requires_grad_(), mu), fast_mode=True)
+
+
+def test_callback_sees_every_iteration() -> None:
+    matrix, rhs = system()
+    seen: list[tuple[int, float]] = []
+    solution = conjugate_gradient(
+        lambda v: (matrix @ v[..., None])[..., 0],
+        rhs,
+        max_iterations=5,
+        callback=lambda iteration, _, residual: seen.append((iteration, float(residual.max()))),
+    )
+    assert [iteration for iteration, _ in seen] == list(range(1, solution.iterations + 1))
+    assert seen[-1][1] == float(solution.residual.max())
+
+
+def test_start_of_another_shape_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"\(2, 3\).*\(2, 4\)"):
+        conjugate_gradient(lambda v: v, random((2, 4)), initial=random((2, 3)))

@@ -1,0 +1,151 @@
+"""Every operator obeys the laws of `laws`."""
+
+import pytest
+import torch
+from laws import OPERATORS, Case, inner, random, relative, sense
+
+from melcore.errors import ShapeError
+from melcore.physics import Sense, fft, ifft
+
+every_operator = pytest.mark.parametrize("case", OPERATORS, ids=str)
+DOUBLE = torch.complex128
+
+
+@every_operator
+def test_adjoint_is_the_adjoint(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    x, y = random(operator.domain), random(operator.codomain, seed=3)
+    forward, adjoint = inner(y, operator(x)), inner(operator.adjoint(y), x)
+    assert abs(forward - adjoint) < 1e-12 * x.norm() * y.norm()
+
+
+@every_operator
+def test_operator_is_linear(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    a, b, factor = random(operator.domain), random(operator.domain, seed=4), 0.3 - 1.7j
+    assert relative(operator(factor * a + b), factor * operator(a) + operator(b)) < 1e-12
+
+
+@every_operator
+def test_normal_is_adjoint_of_forward(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    x = random(operator.domain)
+    assert relative(operator.normal(x), operator.adjoint(operator(x))) < 1e-12
+
+
+@every_operator
+@pytest.mark.parametrize("method", ["forward", "adjoint", "normal"])
+def test_gradient_is_the_adjoint(case: Case, method: str) -> None:
+    """Against automatic differentiation through the arithmetic itself, to the second order."""
+    operator = case.make(DOUBLE)
+    x = random(operator.codomain if method == "adjoint" else operator.domain).requires_grad_()
+    ours, arithmetic = getattr(operator, method), getattr(operator, f"_{method}")
+    y = random(tuple(ours(x).shape), seed=5)
+    (gradient,) = torch.autograd.grad(ours(x).abs().pow(3).sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(arithmetic(x).abs().pow(3).sum(), x, create_graph=True)
+    assert relative(gradient, expected) < 1e-12
+    direction = random(tuple(x.shape), seed=6)
+    (second,) = torch.autograd.grad(inner(direction, gradient).real, x)
+    (expected_second,) = torch.autograd.grad(inner(direction, expected).real, x)
+    assert relative(second, expected_second) < 1e-11
+    (linear,) = torch.autograd.grad(ours(x), x, y)
+    transposed = {"forward": operator.adjoint, "adjoint": operator, "normal": operator.normal}[method]
+    assert relative(linear, transposed(y)) < 1e-12
+
+
+@every_operator
+def test_single_precision_is_kept_and_close(case: Case) -> None:
+    double, single = case.make(DOUBLE), case.make(torch.complex64)
+    x = random(double.domain)
+    result = single(x.to(torch.complex64))
+    assert result.dtype == torch.complex64
+    assert relative(result.to(DOUBLE), double(x)) < 2e-6
+
+
+@every_operator
+def test_arguments_are_left_as_they_were(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    x, y = random(operator.domain), random(operator.codomain, seed=3)
+    before_x, before_y = x.clone(), y.clone()
+    operator(x), operator.normal(x), operator.adjoint(y)
+    assert torch.equal(x, before_x)
+    assert torch.equal(y, before_y)
+
+
+@every_operator
+def test_wrong_shapes_are_named(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    for method, expected in (("forward", operator.domain), ("adjoint", operator.codomain), ("normal", operator.domain)):
+        wrong = (*expected[:-1], expected[-1] + 1)
+        call = operator if method == "forward" else getattr(operator, method)
+        with pytest.raises(ShapeError, match=r"\[.* <- .*\]") as error:
+            call(random(wrong))
+        assert str(expected) in str(error.value)
+        assert str(wrong) in str(error.value)
+
+
+@every_operator
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees(case: Case) -> None:
+    operator = case.make(DOUBLE)
+    x = random(operator.domain)
+    expected = operator(x)
+    assert relative(operator.cuda()(x.cuda()).cpu(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("matrix", [(1, 7, 10), (3, 4, 5)])
+@pytest.mark.parametrize("time", [1, 3])
+def test_batch_elements_are_independent(matrix: tuple[int, int, int], time: int) -> None:
+    maps, mask = random((3, 2, 4, 1, *matrix)), random((3, 1, time, *matrix[:2], 1)).real > 0
+    x = random((3, 2, time, *matrix))
+    together = Sense(maps, mask, time=time).normal(x)
+    for index in range(3):
+        one = slice(index, index + 1)
+        assert relative(Sense(maps[one], mask[one], time=time).normal(x[one]), together[one]) < 1e-12
+
+
+@pytest.mark.parametrize("coil_batch", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("method", ["forward", "adjoint", "normal"])
+def test_coil_groups_change_nothing(coil_batch: int, method: str) -> None:
+    whole = sense((3, 4, 5), batch=2, sets=2, coils=5, time=2)(DOUBLE)
+    parts = sense((3, 4, 5), batch=2, sets=2, coils=5, time=2, coil_batch=coil_batch)(DOUBLE)
+    x = random(whole.codomain if method == "adjoint" else whole.domain)
+    a, b = (op(x) if method == "forward" else getattr(op, method)(x) for op in (parts, whole))
+    assert relative(a, b) < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 7), (1, 6, 9), (1, 1, 8), (2, 3, 1)])
+def test_fourier_is_centred_and_unitary(shape: tuple[int, int, int]) -> None:
+    x = random((2, *shape))
+    axes = (-3, -2, -1)
+    expected = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, axes), dim=axes, norm="ortho"), axes)
+    assert relative(fft(x), expected) < 1e-14
+    assert relative(ifft(fft(x)), x) < 1e-14
+    assert abs(fft(x).norm() / x.norm() - 1) < 1e-14
+
+
+def test_fourier_keeps_precision_on_long_axes() -> None:
+    x = random((4099,), torch.complex64)
+    assert relative(fft(x, (0,)).to(DOUBLE), fft(x.to(DOUBLE), (0,))) < 5e-7
+
+
+def test_point_in_the_centre_becomes_constant() -> None:
+    """The one fact that fixes the convention: index n // 2 is the centre on both sides."""
+    x = torch.zeros(1, 6, 7, dtype=DOUBLE)
+    x[0, 3, 3] = 1
+    assert torch.allclose(fft(x), torch.full_like(x, 42**-0.5))
+
+
+def test_sense_is_maps_then_fourier_then_mask() -> None:
+    operator = sense((3, 4, 5), batch=2, sets=2, coils=3, time=2)(DOUBLE)
+    maps, mask = random((2, 2, 3, 1, 3, 4, 5), seed=2), random((2, 1, 2, 3, 4, 1), seed=1).real > -0.3
+    x = random(operator.domain)
+    expected = mask * fft((maps * x[:, :, None]).sum(1))
+    assert relative(operator(x), expected) < 1e-13
+
+
+def test_maps_and_mask_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ShapeError, match=r"\(1, 1, 1, 3, 9, 1\).*\(1, 1, 4, 1, 3, 8, 5\)"):
+        Sense(random((1, 1, 4, 1, 3, 8, 5)), torch.ones(1, 1, 1, 3, 9, 1))
+    with pytest.raises(ShapeError, match="7 axes"):
+        Sense(random((4, 3, 8, 5)), torch.ones(1, 1, 1, 3, 8, 1))
