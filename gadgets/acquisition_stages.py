@@ -1,0 +1,181 @@
+"""Stages on single readouts, number for number what Gadgetron's gadgets of the same purpose do."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gadgets.header import Header
+from gadgets.messages import (
+    ACQUISITION_HEADER,
+    COUNTERS,
+    Acquisition,
+    AcquisitionBucket,
+    Message,
+    Statistics,
+    Waveform,
+)
+from gadgets.settings import Dimension
+from melcore.errors import DataError
+from melcore.io.mrd_types import (
+    IS_CALIBRATION,
+    IS_CALIBRATION_AND_IMAGING,
+    IS_NOISE,
+    NOT_IMAGING,
+)
+
+_NOISE = 1 << IS_NOISE - 1
+_CALIBRATION = 1 << IS_CALIBRATION - 1
+_CALIBRATION_AND_IMAGING = 1 << IS_CALIBRATION_AND_IMAGING - 1
+# Neither image nor calibration: in a buffer they would overwrite the lines whose counters they share.
+_NOT_IMAGING = sum(1 << flag - 1 for flag in NOT_IMAGING)
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A stage without settings."""
+
+
+@dataclass(frozen=True)
+class TriggerSettings:
+    """When a bucket is full, and by what it is split."""
+
+    trigger_dimension: Dimension = Dimension.NONE
+    sorting_dimension: Dimension = Dimension.NONE
+
+
+def noise_adjust(messages: Iterator[Message], header: Header, settings: NoSettings) -> Iterator[Message]:  # noqa: ARG001
+    """Whiten by the noise readouts that come before the data, and keep these to itself (NoiseAdjustGadget).
+
+    Without any, readouts pass unchanged, and the header's provenance says so.
+
+    Raises
+    ------
+    DataError
+        If the noise readouts are unusable, or their coils are not those of the data.
+    """
+    import torch
+
+    from melcore.preprocess import whitening
+
+    noise: list[Acquisition] = []
+    matrix: torch.Tensor | None = None
+    ready = False
+    for message in messages:
+        if not isinstance(message, Acquisition):
+            yield message
+            continue
+        if int(message.header["flags"]) & _NOISE:
+            noise.append(message)
+            continue
+        if not ready:
+            ready = True
+            header.provenance["whitening"] = "no noise readouts before the data: not whitened"
+            if noise:
+                samples = torch.from_numpy(np.concatenate([readout.data for readout in _alike(noise)], axis=1))
+                covariance = whitening.noise_covariance(samples, float(noise[0].header["sample_time_us"]) * 1e-6)
+                bandwidth = whitening.RELATIVE_BANDWIDTH if header.noise_bandwidth is None else header.noise_bandwidth
+                dwell_time = float(message.header["sample_time_us"]) * 1e-6
+                matrix = whitening.whitening_matrix(covariance, dwell_time, bandwidth)
+                header.provenance["whitening"] = "; ".join(("by the noise scan", *covariance.remarks))
+        if matrix is None:
+            yield message
+            continue
+        data = whitening.whiten(_tensor(message), matrix).numpy()
+        yield Acquisition(message.header, message.trajectory, data)
+
+
+def _alike(noise: Sequence[Acquisition]) -> Sequence[Acquisition]:
+    coils = {readout.data.shape[0] for readout in noise}
+    if len(coils) > 1:
+        raise DataError(f"the noise readouts have {sorted(coils)} coils: one noise scan has the same coils throughout.")
+    return noise
+
+
+def _tensor(message: Acquisition) -> "torch.Tensor":  # type: ignore[name-defined] # noqa: F821
+    import torch
+
+    # Views into a receive buffer may be unaligned.
+    return torch.from_numpy(np.require(message.data, np.complex64, ["A", "W", "C"]))
+
+
+def remove_readout_oversampling(
+    messages: Iterator[Message],
+    header: Header,
+    settings: NoSettings,  # noqa: ARG001
+) -> Iterator[Message]:
+    """Keep the middle of the field of view along the readout (RemoveROOversamplingGadget)."""
+    from melcore.preprocess.oversampling import remove_readout_oversampling as remove
+
+    ratios = [encoding.encoded_fov[0] / encoding.recon_fov[0] for encoding in header.encodings]
+    header.provenance["readout_oversampling"] = f"{ratios[0]:g} removed"
+    for message in messages:
+        if not isinstance(message, Acquisition):
+            yield message
+            continue
+        old = message.header
+        space = int(old["encoding_space_ref"])
+        ratio = ratios[space] if space < len(ratios) else ratios[0]
+        if ratio == 1 or int(old["flags"]) & _NOISE:
+            yield message
+            continue
+        size = int(int(old["number_of_samples"]) / ratio)
+        changed = old.copy()
+        changed["number_of_samples"] = size
+        for name in ("center_sample", "discard_pre", "discard_post"):
+            changed[name] = int(int(old[name]) / ratio)
+        # The middle of the field of view is sampled at every ratio-th position of the trajectory.
+        positions = np.minimum((np.arange(size) * ratio).astype(int), len(message.trajectory) - 1)
+        trajectory = message.trajectory[positions] if message.trajectory.size else np.empty((size, 0), np.float32)
+        yield Acquisition(changed, trajectory, remove(_tensor(message), size).numpy())
+
+
+def accumulate_trigger(messages: Iterator[Message], header: Header, settings: TriggerSettings) -> Iterator[Message]:  # noqa: ARG001
+    """Collect readouts, and send buckets whenever the trigger dimension changes, and at the end.
+
+    As AcquisitionAccumulateTriggerGadget; besides its noise readouts and phase corrections, everything else that is
+    neither image nor calibration (navigators, feedback, dummies) stays out too.
+    """
+    buckets: dict[int, list[Acquisition]] = {}
+    waveforms: list[Waveform] = []
+    previous: int | None = None
+    for message in messages:
+        if isinstance(message, Waveform):
+            waveforms.append(message)
+            continue
+        if not isinstance(message, Acquisition):
+            yield message
+            continue
+        if int(message.header["flags"]) & _NOT_IMAGING:
+            continue
+        counters = message.header["idx"]
+        if settings.trigger_dimension:
+            current = int(counters[settings.trigger_dimension])
+            if previous is not None and current != previous:
+                yield from _buckets(buckets, waveforms)
+            previous = current
+        key = int(counters[settings.sorting_dimension]) if settings.sorting_dimension else 0
+        buckets.setdefault(key, []).append(message)
+    yield from _buckets(buckets, waveforms)
+
+
+def _buckets(buckets: dict[int, list[Acquisition]], waveforms: list[Waveform]) -> Iterator[AcquisitionBucket]:
+    full = [buckets[key] for key in sorted(buckets)]
+    buckets.clear()
+    for readouts in full:
+        flags = [int(readout.header["flags"]) for readout in readouts]
+        both = _CALIBRATION | _CALIBRATION_AND_IMAGING
+        data = [readout for readout, flag in zip(readouts, flags, strict=True) if not flag & _CALIBRATION]
+        reference = [readout for readout, flag in zip(readouts, flags, strict=True) if flag & both]
+        # The waveforms of the time since the last trigger belong to no bucket in particular: the first takes them.
+        yield AcquisitionBucket(data, reference, _statistics(data), _statistics(reference), tuple(waveforms))
+        waveforms.clear()
+
+
+def _statistics(readouts: Sequence[Acquisition]) -> Statistics:
+    headers = np.array([readout.header for readout in readouts], ACQUISITION_HEADER)
+    spaces = headers["encoding_space_ref"]
+    return tuple(
+        tuple(np.unique(headers["idx"][name][spaces == space]) for name in COUNTERS)
+        for space in range(int(spaces.max()) + 1 if len(spaces) else 0)
+    )
