@@ -9,6 +9,7 @@ from melcore.physics import Sense, fft, ifft
 
 every_operator = pytest.mark.parametrize("case", OPERATORS, ids=str)
 DOUBLE = torch.complex128
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @every_operator
@@ -85,12 +86,14 @@ def test_wrong_shapes_are_named(case: Case) -> None:
 
 
 @every_operator
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_agrees(case: Case) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_moves_to_every_device(case: Case, device: str) -> None:
     operator = case.make(DOUBLE)
-    x = random(operator.domain)
-    expected = operator(x)
-    assert relative(operator.cuda()(x.cuda()).cpu(), expected) < 1e-12
+    x, y = random(operator.domain), random(operator.codomain, seed=3)
+    forward, adjoint = operator(x), operator.adjoint(y)
+    operator = operator.to(device)
+    assert relative(operator(x.to(device)).cpu(), forward) < 1e-12
+    assert relative(operator.adjoint(y.to(device)).cpu(), adjoint) < 1e-12
 
 
 @pytest.mark.parametrize("matrix", [(1, 7, 10), (3, 4, 5)])
