@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from melcore.errors import ConfigError, DataError, unknown
 from melcore.preprocess.preparation import Preparation
 from melcore.unrolled import Unrolled, build
@@ -47,7 +50,7 @@ class Bundle:
     card
         Free, JSON: how the model was trained and what it reached.
     name, digest
-        File name without suffix, and the first 16 hex digits of its SHA-256; empty before saving.
+        File name without suffix, and the first 16 hex digits of the content's SHA-256; empty before saving.
     """
 
     model: Unrolled
@@ -125,8 +128,18 @@ class Bundle:
                 raise DataError(
                     f"{path} was made for {key} = {value!r}, but this program uses {CONVENTIONS.get(key)!r}."
                 )
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        return cls(model.eval(), architecture, preparation, card, path.name.removesuffix(SUFFIX), digest)
+        name = path.name.removesuffix(SUFFIX)
+        return cls(model.eval(), architecture, preparation, card, name, _digest(metadata, weights))
+
+
+def _digest(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """Of metadata and weights in a fixed order; files of the same content may differ in their order."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def find(name: str | Path) -> Path:
