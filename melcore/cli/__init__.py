@@ -1,8 +1,8 @@
 """The command ``mel``: one small module for each of its commands.
 
 A command is a module with ``add_arguments(parser)`` and ``run(arguments)`` that enrols under the entry point group
-``mel.commands``. Its docstring is its help: the first line in the list of commands, the whole under ``--help``. Only the
-module of the command that was asked for is imported; the others' docstrings are read from their source.
+``mel.commands``. Its docstring is its help: the first line in the list of commands, the whole under ``--help``. Only
+the module of the command that was asked for is imported; the others' docstrings are read from their source.
 """
 
 import argparse

@@ -29,8 +29,9 @@ __all__ = [
 Method = Literal["espirit", "caldir"]
 _GAUGES = {"espirit": "first principal component", "caldir": "phase of the low-resolution image"}
 
-# ESPIRiT's cost grows with the number of samples in the kernel: measured for 72x64x48 with 8 coils, a 6x6x6 kernel and a
-# region of 24 take 37 s and leave 0.75 % of the noise-free signal outside the maps; 4x4x4 and 20 take 2.8 s and leave 1.0 %.
+# ESPIRiT's cost grows with the number of samples in the kernel. Measured for 72x64x48 with 8 coils on one core: a 6x6x6
+# kernel and a region of 24 take 37 s, and the maps miss 0.75 % of the noise-free signal; 4x4x4 and 20 take 2.8 s and
+# miss 1.0 %.
 _KERNEL = {2: 6, 3: 4}
 _CALIBRATION_SIZE = {2: 24, 3: 20}
 _LEAST_FOR_CALDIR = 6  # samples; smaller regions resolve no coil's sensitivity
@@ -166,7 +167,9 @@ def _check_settings(method: str, sets: int, crop: float, kernel: int, calibratio
     if not 0 <= crop <= 1:
         raise ConfigError(f"crop is an eigenvalue between 0 and 1, but is {crop}.")
     if not 1 <= kernel <= calibration_size:
-        raise ConfigError(f"the kernel ({kernel}) must be at least 1 and at most the calibration size ({calibration_size}).")
+        raise ConfigError(
+            f"the kernel ({kernel}) must be at least 1 and at most the calibration size ({calibration_size})."
+        )
 
 
 def _command(method: Method, source: _Averaged, sets: int, kernel: int, size: int, crop: float) -> list[str]:

@@ -33,7 +33,7 @@ def _read_header(path: Path) -> tuple[int, ...]:
     sizes = tuple(int(field) for field in fields if field.isdecimal())
     if not sizes or len(sizes) != len(fields) or min(sizes) < 1:
         raise DataError(
-            f"{path} is not the header of a BART array: expected a line '# Dimensions' followed by a line of positive sizes."
+            f"{path} is not the header of a BART array: expected a line '# Dimensions' followed by a line of sizes."
         )
     return sizes
 

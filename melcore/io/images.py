@@ -149,7 +149,9 @@ def read_images(path: str | os.PathLike[str], group: str | None = None) -> list[
             return [_read_series(place[f"image_{index}"]) for index in indices]
         except (KeyError, OSError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"the images in group {group!r} of {name} cannot be read, the file is damaged: {reason}") from None
+            raise DataError(
+                f"the images in group {group!r} of {name} cannot be read, the file is damaged: {reason}"
+            ) from None
 
 
 def _read_series(place: h5py.Group) -> ImageSeries:

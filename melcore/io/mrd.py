@@ -54,6 +54,7 @@ _HEADER_ROW = np.dtype([("head", ACQUISITION_HEADER)])
 _WAVEFORM_ROW = np.dtype([("head", WAVEFORM_HEADER), ("data", h5py.vlen_dtype(np.dtype("<u4")))])
 _CHUNK_BYTES = 64 << 20
 
+
 class RawFile:
     """An open ISMRMRD file; use `open_raw`.
 
@@ -125,7 +126,9 @@ class RawFile:
             for row in self._rows("waveforms", _WAVEFORM_ROW, start, min(start + chunk, count)):
                 channels, samples = int(row["head"]["channels"]), int(row["head"]["number_of_samples"])
                 if row["data"].size != channels * samples:
-                    raise DataError(f"a waveform of {self.path} is damaged: {row['data'].size} values, not {channels}x{samples}.")
+                    raise DataError(
+                        f"a waveform of {self.path} is damaged: {row['data'].size} values, not {channels}x{samples}."
+                    )
                 yield Waveform(row["head"], row["data"].astype(np.uint32, copy=False).reshape(channels, samples))
 
     def _rows(self, name: str, dtype: np.dtype[Any], start: int, stop: int) -> Any:
@@ -161,8 +164,8 @@ class RawFile:
         dimensions = int(head["trajectory_dimensions"])
         if values.size != 2 * coils * samples:
             raise DataError(
-                f"acquisition {index} of {self.path} is damaged: its header announces {coils} coils x {samples} samples, "
-                f"but it holds {values.size // 2} complex values."
+                f"acquisition {index} of {self.path} is damaged: its header announces {coils} coils x {samples} "
+                f"samples, but it holds {values.size // 2} complex values."
             )
         if trajectory.size != dimensions * samples:
             # Some converters announce a trajectory that they do not write.
@@ -260,7 +263,9 @@ def write_raw(
         group.create_dataset("xml", data=[header_xml.encode()], dtype=h5py.special_dtype(vlen=bytes))
         rows = (_checked_row(acquisition) for acquisition in acquisitions)
         _write_table(group, "data", rows, _ACQUISITION_ROW, always=True)
-        _write_table(group, "waveforms", ((w.header, w.data.reshape(-1)) for w in waveforms), _WAVEFORM_ROW, always=False)
+        _write_table(
+            group, "waveforms", ((w.header, w.data.reshape(-1)) for w in waveforms), _WAVEFORM_ROW, always=False
+        )
 
 
 def _checked_row(acquisition: Acquisition) -> tuple[Any, ...]:

@@ -117,6 +117,26 @@ IS_SURFACE_COIL_CORRECTION = 29
 IS_PHASE_STABILISATION_REFERENCE = 30
 IS_PHASE_STABILISATION = 31
 
+#: What people call them.
+FLAG_NAMES = {
+    FIRST_IN_SLICE: "first in slice",
+    LAST_IN_SLICE: "last in slice",
+    LAST_IN_REPETITION: "last in repetition",
+    IS_NOISE: "noise",
+    IS_CALIBRATION: "calibration",
+    IS_CALIBRATION_AND_IMAGING: "calibration and imaging",
+    IS_REVERSE: "reversed",
+    IS_NAVIGATION: "navigation",
+    IS_PHASE_CORRECTION: "phase correction",
+    LAST_IN_MEASUREMENT: "last in measurement",
+    IS_HIGH_PASS_FEEDBACK: "high-pass feedback",
+    IS_DUMMY: "dummy",
+    IS_REALTIME_FEEDBACK: "realtime feedback",
+    IS_SURFACE_COIL_CORRECTION: "surface coil correction",
+    IS_PHASE_STABILISATION_REFERENCE: "phase stabilisation reference",
+    IS_PHASE_STABILISATION: "phase stabilisation",
+}
+
 #: Acquisitions with one of these flags hold no lines of the image and no calibration lines.
 NOT_IMAGING = (
     IS_NOISE,

@@ -5,6 +5,7 @@ NaN in the input gives finite, wrong maps and exit code 0; errors are spread ove
 threads on a busy machine it spins and becomes up to 20 times slower.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -72,7 +73,9 @@ def scratch_folder(needed: int = 0) -> Path:
     named = os.environ.get("MEL_SCRATCH")
     if named:
         if not os.access(named, os.W_OK | os.X_OK):
-            raise DataError(f"MEL_SCRATCH names {named!r}, which is no folder that can be written: create it or unset it.")
+            raise DataError(
+                f"MEL_SCRATCH names {named!r}, which is no folder that can be written: create it or unset it."
+            )
         return Path(named)
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > needed + (64 << 20):
@@ -134,7 +137,9 @@ def run(
         if not all_finite(array):
             raise DataError(f"input {key} of {name} holds NaN or infinity: find out where they come from.")
     # Outputs are rarely larger than the inputs; ecalib writes twice as much at most.
-    folder = Path(scratch) if scratch is not None else scratch_folder(4 * sum(8 * array.size for array in named.values()))
+    folder = (
+        Path(scratch) if scratch is not None else scratch_folder(4 * sum(8 * array.size for array in named.values()))
+    )
     with tempfile.TemporaryDirectory(prefix="mel-bart-", dir=folder) as place:
         for key, array in named.items():
             write_cfl(Path(place, key), array)
@@ -207,15 +212,15 @@ def _wait(
             if cancel is not None and cancel.is_set():
                 raise ToolError(f"{name} was cancelled.") from None
             if end is not None and time.monotonic() >= end:
-                raise ToolError(f"{name} did not end within {timeout:.3g} s and was stopped: allow it more time.") from None
+                raise ToolError(
+                    f"{name} did not end within {timeout:.3g} s and was stopped: allow it more time."
+                ) from None
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """End the process and whatever it started: `start_new_session` made it the leader of a group of its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate()
 
 
@@ -223,11 +228,8 @@ def _failure(name: str, code: int, complaint: str, folder: Path) -> str:
     words = " ".join(_COLOURS.sub("", complaint).split())
     words = re.sub(r"\s*\bDone\.|\bERROR: *$", "", words).strip() or "it gave no reason"
     if code == -signal.SIGBUS:
-        words += f" (the scratch folder {folder.parent} is probably full: {format_bytes(_free(folder))} left; see MEL_SCRATCH)"
+        left = format_bytes(shutil.disk_usage(folder).free)
+        words += f" (the scratch folder {folder.parent} is probably full: {left} left; see MEL_SCRATCH)"
     if code == -signal.SIGKILL:
         words += " (killed, probably for want of memory)"
     return f"{name} failed (exit code {code if code >= 0 else 128 - code}): {words[-600:]}"
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free

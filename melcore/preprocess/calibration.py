@@ -41,16 +41,15 @@ def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -
         corners = sums[np.ix_(*[(start, start + size) for start, size in zip(first, sizes, strict=True)])]
         return bool(np.diff(np.diff(np.diff(corners, axis=0), axis=1), axis=2).item() == np.prod(sizes))
 
-    region = (1, 1, 1)
+    region = [1, 1, 1]
     if not full(region):
         return 0, 0, 0
     growing = [True, True, True]
     while any(growing):
         for axis in (2, 1, 0):
-            larger = (*region[:axis], region[axis] + 1, *region[axis + 1 :])
+            larger = [*region[:axis], region[axis] + 1, *region[axis + 1 :]]
             growing[axis] = growing[axis] and larger[axis] <= sampled.shape[axis] and full(larger)
             region = larger if growing[axis] else region
-    if shape is None:
-        return region
-    sizes = [n if m == 1 else found for n, m, found in zip(shape[-3:], sampled.shape, region, strict=True)]
-    return sizes[0], sizes[1], sizes[2]
+    if shape is not None:
+        region = [n if m == 1 else found for n, m, found in zip(shape[-3:], sampled.shape, region, strict=True)]
+    return region[0], region[1], region[2]
