@@ -1,0 +1,1 @@
+"""Simulation: anatomy, motion, coils, noise, and whole exams as a scanner would write them."""
