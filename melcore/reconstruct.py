@@ -1,8 +1,6 @@
 """k-space and a model to an image: the one entrance for files, gadgets and scripts."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +11,7 @@ from torch import Tensor
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, Image, KSpace
 from melcore.errors import ConfigError, DataError, MelError
+from melcore.physics import LinearOperator
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
 from melcore.quality import acceleration, data_residual, map_support
 from melcore.unrolled import Encoding
@@ -134,7 +133,7 @@ class Reconstructor:
         else:
             try:
                 image = self._learned(self._bundle, prepared, begin)
-            except (RuntimeError, MemoryError, DeadlineExceededError) as error:
+            except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
                 if not self.fallback:
                     raise
                 path = "cg-sense"
@@ -156,15 +155,17 @@ class Reconstructor:
     def _learned(self, bundle: Bundle, prepared: Prepared, begin: float) -> Tensor:
         """The network's image, one element of the batch after the other, so that memory does not grow with slices."""
         images = []
-        with torch.no_grad(), _deadline(bundle, self.deadline, begin):
+        with torch.no_grad():
             for index in range(prepared.initial.shape[0]):
                 part = _element(prepared, index)
-                operator = part.operator().to(self.device)
+                operator: LinearOperator = part.operator().to(self.device)
+                if self.deadline is not None:
+                    operator = _Watched(operator, begin, self.deadline)
                 encoding = Encoding(operator, operator.adjoint(part.k_space.data.to(self.device)))
                 images.append(bundle.model.refine(encoding, part.initial.to(self.device)).cpu())
         image = torch.cat(images)
         if not bool(torch.isfinite(torch.view_as_real(image)).all()):
-            raise RuntimeError("the network's image is not finite")
+            raise DataError("the network's image is not finite")
         return image
 
 
@@ -201,21 +202,26 @@ def _element(prepared: Prepared, index: int) -> Prepared:
     return replace(prepared, k_space=k_space, coil_maps=maps, initial=prepared.initial[one], scale=prepared.scale[one])
 
 
-@contextmanager
-def _deadline(bundle: Bundle, seconds: float | None, begin: float) -> Iterator[None]:
-    """Raise before any pass of the network that begins after the deadline."""
-    if seconds is None:
-        yield
-        return
+class _Watched(LinearOperator):
+    """An operator that refuses to work after the deadline; every scheme applies it in each iteration."""
 
-    def check(*_: object) -> None:
-        elapsed = time.perf_counter() - begin
-        if elapsed > seconds:
-            raise DeadlineExceededError(f"the deadline of {seconds:g} s passed after {elapsed:.1f} s")
+    def __init__(self, operator: LinearOperator, begin: float, seconds: float) -> None:
+        super().__init__(operator.domain, operator.codomain)
+        self.operator, self.begin, self.seconds = operator, begin, seconds
 
-    hooks = [iteration.register_forward_pre_hook(check) for iteration in bundle.model.distinct]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _check_time(self) -> None:
+        elapsed = time.perf_counter() - self.begin
+        if elapsed > self.seconds:
+            raise DeadlineExceededError(f"the deadline of {self.seconds:g} s passed after {elapsed:.1f} s")
+
+    def _forward(self, x: Tensor) -> Tensor:
+        self._check_time()
+        return self.operator(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        self._check_time()
+        return self.operator.adjoint(y)
+
+    def _normal(self, x: Tensor) -> Tensor:
+        self._check_time()
+        return self.operator.normal(x)

@@ -81,6 +81,17 @@ def test_gradient_is_that_of_the_executed_iterations() -> None:
     assert torch.autograd.gradcheck(solve, (z.requires_grad_(), mu), fast_mode=True)
 
 
+def test_nan_reaches_the_result() -> None:
+    matrix, rhs = system()
+    rhs[1, 3] = float("nan")
+    solution = conjugate_gradient(
+        lambda v: (matrix @ v[..., None])[..., 0], rhs, initial=torch.zeros_like(rhs), max_iterations=50
+    )
+    assert not solution.converged
+    assert bool(torch.isnan(solution.value[1]).any())
+    assert bool(torch.isfinite(solution.value[[0, 2]]).all())
+
+
 def test_callback_sees_every_iteration() -> None:
     matrix, rhs = system()
     seen: list[tuple[int, float]] = []

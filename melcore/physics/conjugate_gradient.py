@@ -84,7 +84,8 @@ def conjugate_gradient(
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     limit = relative_tolerance**2 * scale
     iterations = 0
-    active = energy.detach() > limit
+    # Written so that NaN counts as not converged: it must reach the result, not stop the iterations unseen.
+    active = ~(energy.detach() <= limit)
     while iterations < max_iterations and bool(active.any()):
         applied = normal(direction)
         curvature = _dot(direction, applied)
@@ -96,8 +97,8 @@ def conjugate_gradient(
         direction = residual + new_energy / torch.where(energy > 0, energy, 1.0) * direction
         energy = new_energy
         iterations += 1
-        active = active & (energy.detach() > limit)
+        active = active & ~(energy.detach() <= limit)
         if callback is not None:
             callback(iterations, x, (energy.detach() / scale).sqrt().flatten())
     relative = (energy.detach() / scale).sqrt()
-    return Solution(x, iterations, relative.flatten(), not bool((energy.detach() > limit).any()))
+    return Solution(x, iterations, relative.flatten(), bool((energy.detach() <= limit).all()))

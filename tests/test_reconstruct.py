@@ -1,0 +1,245 @@
+"""From k-space to an image: right images, honest labels, and clear errors for data that cannot be used."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from laws import random, relative
+
+from melcore.bundle import Bundle
+from melcore.data import CoilMaps, KSpace, ScanInfo
+from melcore.errors import ConfigError, DataError, ShapeError
+from melcore.physics import Sense, fft
+from melcore.preprocess.preparation import Preparation, prepare
+from melcore.reconstruct import Reconstructor
+from melcore.unrolled import build
+
+MATRIX = (1, 54, 47)
+CENTRE = (1, 22, 22)
+
+
+def smooth_maps(matrix: tuple[int, int, int], coils: int) -> torch.Tensor:
+    """Complex Gaussians around the object, of unit sum of squares, ``(1, 1, coil, 1, z, y, x)``."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in matrix), indexing="ij")
+    angles = torch.arange(coils) * (2 * torch.pi / coils)
+    maps = [
+        torch.exp(
+            -1.5 * ((axes[1] - a.sin()) ** 2 + (axes[2] - a.cos()) ** 2)
+            - 0.3 * axes[0] ** 2
+            + 1j * (a + axes[1] * a.cos())
+        )
+        for a in angles
+    ]
+    data = torch.stack(maps)
+    return (data / data.abs().square().sum(0).sqrt()).to(torch.complex64)[None, None, :, None]
+
+
+def disc(matrix: tuple[int, int, int]) -> torch.Tensor:
+    """An object with structure, ``(1, 1, 1, z, y, x)``, off centre, so that no flip goes unseen."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in matrix), indexing="ij")
+    y, x = axes[1], axes[2]
+    image = ((y / 0.8) ** 2 + (x / 0.7) ** 2 < 1).float() + 0.6 * ((y - 0.3) ** 2 + (x + 0.2) ** 2 < 0.04)
+    return (image * torch.exp(0.5j * x)).to(torch.complex64)[None, None, None]
+
+
+def exam(matrix: tuple[int, int, int] = MATRIX, *, coils: int = 6, frames: int = 1, level: float = 0.02) -> KSpace:
+    """Noisy k-space of the disc: every third line, moving from frame to frame, and the whole centre."""
+    clean = fft(smooth_maps(matrix, coils)[:, 0] * disc(matrix)).expand(-1, -1, frames, -1, -1, -1)
+    mask = torch.zeros((1, 1, frames, *matrix[:2], 1), dtype=torch.bool)
+    for frame in range(frames):
+        mask[:, :, frame, :, frame % 3 :: 3] = True
+    centre = [slice(n // 2 - c // 2, n // 2 - c // 2 + c) for n, c in zip(matrix, CENTRE, strict=True)]
+    mask[:, :, :, centre[0], centre[1]] = True
+    data = (clean + level * random(tuple(clean.shape), torch.complex64, seed=4)) * mask
+    info = ScanInfo(encoded_matrix=matrix, recon_matrix=matrix)
+    return KSpace(data.to(torch.complex64), mask, info)
+
+
+def bundle(dimensions: int = 2) -> Bundle:
+    torch.manual_seed(0)
+    architecture = {
+        "iterations": 2,
+        "cg_iterations": 3,
+        "regulariser": {"name": "resnet", "dimensions": dimensions, "channels": 4, "layers": 2},
+    }
+    return Bundle(build(architecture), architecture, Preparation(), name="untrained", digest="0123456789abcdef")
+
+
+def against_truth(image: torch.Tensor, matrix: tuple[int, int, int] = MATRIX) -> float:
+    """Relative error of the magnitude, after the best scale (maps are determined up to a smooth phase only)."""
+    truth = disc(matrix).abs().expand_as(image)
+    magnitude = image.abs()
+    scale = (magnitude * truth).sum() / magnitude.square().sum()
+    return relative(scale * magnitude, truth)
+
+
+def test_methods_reconstruct_and_rank_as_they_should() -> None:
+    adjoint, cg_sense = (Reconstructor(method)(exam()) for method in ("adjoint", "cg-sense"))
+    assert (adjoint.path_taken, cg_sense.path_taken) == ("adjoint", "cg-sense")
+    assert against_truth(cg_sense.image.data) < 0.05 < against_truth(adjoint.image.data)
+    assert cg_sense.image.data.shape == (1, 1, 1, *MATRIX)
+    assert cg_sense.warning == ""
+    assert cg_sense.quality["acceleration"] == pytest.approx(54 / 33)
+    assert 0.4 < cg_sense.quality["map_support"] < 0.95
+    assert cg_sense.quality["data_residual"] < 0.2
+
+
+def test_images_come_in_the_units_of_the_data() -> None:
+    """The network works at scale one, but what leaves is as large as what came."""
+    k_space = exam()
+    for factor in (1e-9, 1.0, 5e13):
+        image = Reconstructor("none")(replace(k_space, data=k_space.data * factor)).image.data
+        assert float(image.abs().max()) / factor == pytest.approx(1.6, rel=0.15)
+
+
+def test_network_at_the_start_of_training_is_nearly_cg_sense() -> None:
+    learned = Reconstructor(bundle())(exam())
+    assert learned.path_taken == "learned"
+    assert against_truth(learned.image.data) < 0.05
+
+
+def test_given_maps_are_used_as_they_are() -> None:
+    maps = CoilMaps(smooth_maps(MATRIX, 6), source="known")
+    image = Reconstructor("cg-sense")(exam(level=0), coil_maps=maps).image.data
+    assert relative(image, disc(MATRIX)) < 0.06
+
+
+def test_slices_do_not_know_each_other() -> None:
+    one, other = exam(), exam(level=0.1)
+    both = KSpace(torch.cat([one.data, 3 * other.data]), torch.cat([one.mask, other.mask]), one.info)
+    for model in ("cg-sense", bundle()):
+        together = Reconstructor(model)(both).image.data
+        assert relative(together[:1], Reconstructor(model)(one).image.data) < 1e-4
+
+
+def test_soft_sense_gives_one_image_for_each_set() -> None:
+    result = Reconstructor("cg-sense", preparation=Preparation(map_sets=2))(exam())
+    assert result.image.data.shape == (1, 2, 1, *MATRIX)
+    total = result.image.data.abs().square().sum(1, keepdim=True).sqrt()
+    assert against_truth(total) < 0.06
+
+
+def test_compressed_coils_give_nearly_the_same_image() -> None:
+    k_space = exam(coils=9)
+    full = Reconstructor("cg-sense")(k_space)
+    compressed = Reconstructor("cg-sense", preparation=Preparation(coils=6))(k_space)
+    assert full.quality["retained_energy"] == 1
+    assert 0.99 < compressed.quality["retained_energy"] < 1
+    assert against_truth(compressed.image.data) < 0.06
+
+
+def test_start_from_the_time_average_helps_where_frames_are_alike() -> None:
+    k_space = exam(frames=6)
+    errors = [
+        against_truth(prepare(k_space, settings=Preparation(start=start, start_iterations=2)).initial)
+        for start in ("zero", "time average")
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_separate_calibration_gives_the_maps() -> None:
+    whole = exam()
+    mask = whole.mask.clone()
+    mask[:, :, :, :, MATRIX[1] // 2] = False  # a hole in the centre: no region of their own
+    image_only = replace(whole, data=whole.data * mask, mask=mask)
+    with pytest.raises(DataError, match="calibration"):
+        Reconstructor("cg-sense")(image_only)
+    result = Reconstructor("cg-sense")(image_only, calibration=whole)
+    assert against_truth(result.image.data) < 0.06
+
+
+class TestFallback:
+    """A learned reconstruction that fails gives a labelled conventional one, never silence."""
+
+    def broken(self) -> Bundle:
+        made = bundle()
+        with torch.no_grad():
+            next(made.model.parameters()).fill_(float("nan"))
+        return made
+
+    def test_nan_from_the_network(self) -> None:
+        result = Reconstructor(self.broken())(exam())
+        assert result.path_taken == "cg-sense"
+        assert "NaN" in result.warning
+        assert "CG-SENSE" in result.warning
+        assert against_truth(result.image.data) < 0.05
+
+    def test_deadline(self) -> None:
+        result = Reconstructor(bundle(), deadline=1e-6)(exam())
+        assert result.path_taken == "cg-sense"
+        assert "deadline of 1e-06 s" in result.warning
+
+    def test_may_be_refused(self) -> None:
+        with pytest.raises(DataError, match="NaN"):
+            Reconstructor(self.broken(), fallback=False)(exam())
+
+    def test_deadline_in_time_changes_nothing(self) -> None:
+        made = bundle()
+        a, b = (Reconstructor(made, deadline=deadline)(exam()) for deadline in (None, 1000.0))
+        assert b.path_taken == "learned"
+        assert torch.equal(a.image.data, b.image.data)
+
+
+class TestBadInput:
+    def test_nan(self) -> None:
+        k_space = exam()
+        k_space.data[0, 2, 0, 0, 5, 6] = float("nan")
+        with pytest.raises(DataError, match="NaN"):
+            Reconstructor("cg-sense")(k_space)
+
+    def test_nothing_but_zeros(self) -> None:
+        k_space = exam()
+        with pytest.raises(DataError, match="no sample that is not zero"):
+            Reconstructor("cg-sense")(replace(k_space, data=torch.zeros_like(k_space.data)))
+
+    def test_no_calibration_region(self) -> None:
+        k_space = exam()
+        mask = k_space.mask.clone()
+        mask[:, :, :, :, 20:34] = False
+        with pytest.raises(DataError, match="calibration"):
+            Reconstructor("cg-sense")(replace(k_space, data=k_space.data * mask, mask=mask))
+
+    def test_bundle_of_another_dimensionality(self) -> None:
+        with pytest.raises(DataError, match=r"untrained is for 3d data, but these are 2d \(1, 6, 1, 1, 54, 47\)"):
+            Reconstructor(bundle(3))(exam())
+
+    def test_maps_of_other_coils(self) -> None:
+        with pytest.raises(ShapeError, match=r"5 coils .* k-space has 6"):
+            Reconstructor("adjoint")(exam(), coil_maps=CoilMaps(smooth_maps(MATRIX, 5)))
+
+    def test_calibration_of_other_coils(self) -> None:
+        with pytest.raises(ShapeError, match=r"4 coils .* k-space has 6"):
+            Reconstructor("adjoint")(exam(), calibration=exam(coils=4))
+
+    def test_settings(self) -> None:
+        with pytest.raises(ConfigError, match="deadline"):
+            Reconstructor("none", deadline=0)
+        with pytest.raises(ConfigError, match="nowhere"):
+            Reconstructor("none", device="nowhere")
+        with pytest.raises(ConfigError, match="no bundle 'unknown'"):
+            Reconstructor("unknown")
+
+    def test_shapes_of_types(self) -> None:
+        k_space = exam()
+        with pytest.raises(ShapeError, match="6 axes"):
+            replace(k_space, data=k_space.data[0])
+        with pytest.raises(ShapeError, match="boolean"):
+            replace(k_space, mask=k_space.mask.float())
+        with pytest.raises(ShapeError, match="broadcast"):
+            replace(k_space, mask=k_space.mask[..., :-1, :])
+
+
+def test_bundle_from_a_file_is_named_in_the_result(tmp_path: Path) -> None:
+    path = bundle().save(tmp_path / "mine.safetensors")
+    reconstructor = Reconstructor(path)
+    assert reconstructor.name.startswith("mine@")
+    assert reconstructor(exam()).path_taken == "learned"
+
+
+def test_sense_of_the_preparation_fits_its_data() -> None:
+    prepared = prepare(exam(frames=3))
+    operator = prepared.operator()
+    assert isinstance(operator, Sense)
+    assert operator.codomain == tuple(prepared.k_space.data.shape)
+    assert operator.domain == tuple(prepared.initial.shape)
