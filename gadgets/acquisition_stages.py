@@ -44,7 +44,7 @@ class TriggerSettings:
     sorting_dimension: Dimension = Dimension.NONE
 
 
-def noise_adjust(messages: Iterator[Message], header: Header, settings: NoSettings) -> Iterator[Message]:  # noqa: ARG001
+def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSettings) -> Iterator[Message]:
     """Whiten by the noise readouts that come before the data, and keep these to itself (NoiseAdjustGadget).
 
     Without any, readouts pass unchanged, and the header's provenance says so.
@@ -102,7 +102,7 @@ def _tensor(message: Acquisition) -> "torch.Tensor":  # type: ignore[name-define
 def remove_readout_oversampling(
     messages: Iterator[Message],
     header: Header,
-    settings: NoSettings,  # noqa: ARG001
+    _settings: NoSettings,
 ) -> Iterator[Message]:
     """Keep the middle of the field of view along the readout (RemoveROOversamplingGadget)."""
     from melcore.preprocess.oversampling import remove_readout_oversampling as remove
@@ -130,7 +130,7 @@ def remove_readout_oversampling(
         yield Acquisition(changed, trajectory, remove(_tensor(message), size).numpy())
 
 
-def accumulate_trigger(messages: Iterator[Message], header: Header, settings: TriggerSettings) -> Iterator[Message]:  # noqa: ARG001
+def accumulate_trigger(messages: Iterator[Message], _header: Header, settings: TriggerSettings) -> Iterator[Message]:
     """Collect readouts, and send buckets whenever the trigger dimension changes, and at the end.
 
     As AcquisitionAccumulateTriggerGadget; besides its noise readouts and phase corrections, everything else that is

@@ -117,7 +117,7 @@ def _image(source: Source) -> Image:
     number = int(header["data_type"])
     if number not in IMAGE_DTYPES:
         raise TransportError(f"an image says data_type {number}, but there are only {list(IMAGE_DTYPES)}.")
-    dtype: np.dtype[Any] = IMAGE_DTYPES[number]
+    dtype = IMAGE_DTYPES[number]
     x, y, z = (int(size) for size in header["matrix_size"])
     return Image(header, meta, source.array(dtype, (x, y, z, int(header["channels"]))).transpose(3, 2, 1, 0))
 
@@ -130,7 +130,8 @@ def _dimensions(source: Source) -> tuple[int, ...]:
 
 
 def _array(source: Source, dtype: np.dtype[Any]) -> Array:
-    return source.array(dtype, _dimensions(source))
+    # An array without dimensions is empty to the server, where numpy takes it for one number.
+    return source.array(dtype, _dimensions(source) or (0,))
 
 
 def _optional(source: Source, dtype: np.dtype[Any]) -> Array | None:
@@ -296,6 +297,8 @@ def _write_image(message: Image) -> list[Part]:
 
 def _dimensioned(array: Array, dtype: np.dtype[Any]) -> list[Part]:
     _check(array.dtype.kind == dtype.kind, f"an array of {array.dtype} came where {dtype} belongs")
+    if array.shape == (0,):
+        return [_U64.pack(0)]
     # Fortran order on the wire is C order of the transpose.
     return [struct.pack(f"<{array.ndim + 1}Q", array.ndim, *array.shape), _raw(array.T, dtype)]
 

@@ -52,7 +52,7 @@ class ImageType(enum.IntEnum):
 
 
 #: `data_type` of an image header to the dtype of its numbers.
-IMAGE_DTYPES = {
+IMAGE_DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<u2"),
     2: np.dtype("<i2"),
     3: np.dtype("<u4"),

@@ -1,0 +1,1 @@
+"""Gadgetron pipelines (`*.xml`, which also run in process) and, in `bundles`, the models that ship."""
