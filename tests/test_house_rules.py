@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("melcore", "gadgets", "training")
-GROUND = {"melcore.layout", "melcore.errors", "melcore.data"}
+GROUND = {"melcore.layout", "melcore.errors", "melcore.data", "melcore.units"}
 TORCH_ONLY = {"melcore.physics", "melcore.networks", "melcore.memory", "melcore.learning"}
 # What the torch-only packages may import besides torch, the ground floor and themselves.
 PLAIN = {

@@ -1,12 +1,17 @@
 """Memory plans: for every iteration, how its backward gets what the forward did not keep."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 from melcore.errors import ConfigError
+from melcore.units import format_bytes
 
-Executor = Literal["plain", "checkpoint", "store"]
-EXECUTORS: tuple[Executor, ...] = ("plain", "checkpoint", "store")
+Executor = Literal["plain", "checkpoint", "store", "keep", "nested", "tile", "stream", "reverse"]
+States = Literal["device", "host", "slots"]
+Precision = Literal["full", "bfloat16"]
+
+EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 
 
 @dataclass(frozen=True)
@@ -16,16 +21,54 @@ class IterationPlan:
     Attributes
     ----------
     executor
-        ``plain``: automatic differentiation keeps everything. ``checkpoint``: keeps the state, and computes the whole
-        iteration again in the backward. ``store``: keeps the state and the regulariser's output, so that the network
-        and the data consistency are differentiated one after the other, never both at once.
+        ``plain``: automatic differentiation keeps everything. ``checkpoint``: the iteration is computed again in the
+        backward, as one piece; works for any module. ``store``: the same, but the network and the data consistency are
+        differentiated one after the other, never both at once. ``keep``: the activations of the network stay in
+        memory and are not computed again. ``nested``: layers are computed again one by one, so that few activations
+        exist at a time. ``tile``: the volume is processed in boxes with a halo. ``stream``: a wavefront of planes
+        along the readout; exact, without halo work. ``reverse``: the state is recovered from the next one.
+    chunk
+        Planes of a step of ``stream``, or the edge of a box of ``tile``.
+    keep_input
+        Keep the regulariser's input too (8 bytes a voxel). Otherwise the data consistency before it is recomputed
+        first and its intermediate results wait while the network is differentiated.
+    kept_layers
+        For ``keep``: how many layers keep their activations, the last ones first; None is all of them.
+    precision
+        For ``keep``: in which precision activations are kept; ``"bfloat16"`` halves them and makes gradients inexact.
+    states
+        Where what the forward keeps of this iteration waits for the backward: on the ``device``, in pinned ``host``
+        memory, or in ``slots``: not at all, to be computed again from the nearest one that was kept.
     """
 
     executor: Executor = "plain"
+    chunk: int = 16
+    keep_input: bool = False
+    kept_layers: int | None = None
+    precision: Precision = "full"
+    states: States = "device"
 
     def __post_init__(self) -> None:
-        if self.executor not in EXECUTORS:
-            raise ConfigError(f"there is no executor {self.executor!r}: choose one of {', '.join(EXECUTORS)}.")
+        for what, value, known in (
+            ("executor", self.executor, EXECUTORS),
+            ("place for states", self.states, get_args(States)),
+            ("precision", self.precision, get_args(Precision)),
+        ):
+            if value not in known:
+                raise ConfigError(f"there is no {what} {value!r}: choose one of {', '.join(known)}.")
+        if self.chunk < 1:
+            raise ConfigError(f"a chunk has at least 1 plane, but {self.chunk} were asked for.")
+
+    def describe(self) -> tuple[str, str, str]:
+        """In words: the executor, what is kept, where it waits."""
+        name = f"{self.executor} {self.chunk}" if self.executor in ("stream", "tile") else self.executor
+        if self.executor == "plain":
+            return name, "everything", "device"
+        kept = "input and output" if self.keep_input else "output"
+        if self.executor == "keep":
+            layers = "all layers" if self.kept_layers is None else f"last {self.kept_layers} layers"
+            kept += f", activations of {layers}" + (" in bfloat16" if self.precision == "bfloat16" else "")
+        return name, kept, self.states
 
 
 @dataclass(frozen=True)
@@ -40,13 +83,51 @@ class MemoryPlan:
         Everything that training holds at its peak, or None where nobody measured it.
     relative_time
         Time of a step relative to plain backpropagation of the same problem.
+    notes
+        Why the plan is as it is, where somebody should know.
     """
 
     iterations: tuple[IterationPlan, ...]
     predicted_peak_bytes: int | None = None
     relative_time: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def uniform(cls, executor: Executor, count: int) -> "MemoryPlan":
-        """The same executor for `count` iterations."""
-        return cls((IterationPlan(executor),) * count)
+    def uniform(cls, executor: Executor, count: int, **options: Any) -> "MemoryPlan":
+        """The same executor, with the same options of `IterationPlan`, for `count` iterations."""
+        return cls((IterationPlan(executor, **options),) * count)
+
+    def with_prediction(self, peak: int, relative_time: float, notes: Sequence[str] = ()) -> "MemoryPlan":
+        """The same plan with what was found out about it."""
+        return replace(self, predicted_peak_bytes=peak, relative_time=relative_time, notes=(*self.notes, *notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and mappings only, for JSON and for a bundle's card."""
+        rows = []
+        for number, iteration in enumerate(self.iterations, start=1):
+            _, kept, where = iteration.describe()
+            rows.append({"iteration": number, **asdict(iteration), "kept": kept, "where": where})
+        return {
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "relative_time": self.relative_time,
+            "iterations": rows,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """A table, equal neighbours in one row."""
+        rows: list[tuple[str, str, str, str]] = []
+        start = 0
+        for end in range(1, len(self.iterations) + 1):
+            if end == len(self.iterations) or self.iterations[end] != self.iterations[start]:
+                span = f"{start + 1}" if end == start + 1 else f"{start + 1}-{end}"
+                rows.append((span, *self.iterations[start].describe()))
+                start = end
+        table = [("iterations", "executor", "kept for the backward", "where"), *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        peak = "unknown" if self.predicted_peak_bytes is None else format_bytes(self.predicted_peak_bytes)
+        time = "unknown" if self.relative_time is None else f"{self.relative_time:.2f} x plain backpropagation"
+        return "\n".join([*lines, f"predicted peak: {peak}", f"predicted time: {time}", *self.notes])

@@ -6,12 +6,20 @@ from typing import Any
 
 from melcore.errors import ConfigError, unknown
 from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.unrolled.admm import ADMM
 from melcore.unrolled.iteration import Iteration
 from melcore.unrolled.model import Unrolled
 from melcore.unrolled.modl import MoDL
+from melcore.unrolled.proximal_gradient import ProximalGradient
+from melcore.unrolled.varnet import VarNet
 
 REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {"resnet": ResidualCNN, "spacetime": SpaceTimeCNN}
-SCHEMES: Mapping[str, Callable[..., Iteration]] = {"modl": MoDL}
+SCHEMES: Mapping[str, Callable[..., Iteration]] = {
+    "admm": ADMM,
+    "modl": MoDL,
+    "proximal_gradient": ProximalGradient,
+    "varnet": VarNet,
+}
 
 
 def build(architecture: Mapping[str, Any]) -> Unrolled:

@@ -1,0 +1,99 @@
+"""Small unrolled models, and the comparison of a memory plan with plain automatic differentiation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laws import random
+from torch import Tensor
+
+from melcore.memory import MemoryPlan
+from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.physics import Sense
+from melcore.unrolled import ADMM, Encoding, Iteration, MoDL, ProximalGradient, Unrolled, VarNet
+
+SCHEMES: dict[str, Callable[[Regulariser], Iteration]] = {
+    "modl": lambda network: MoDL(network, mu=0.3, cg_iterations=3),
+    "proximal_gradient": lambda network: ProximalGradient(network, step=0.8),
+    "varnet": lambda network: VarNet(network, step=0.8),
+    "admm": lambda network: ADMM(network, rho=0.3, cg_iterations=2),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A regulariser to be made, and the (time, z, y, x) of images that it suits."""
+
+    name: str
+    make: Callable[[], Regulariser]
+    matrix: tuple[int, int, int, int]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+NETWORKS = [
+    Network("2d", lambda: ResidualCNN(2, channels=4, layers=3), (1, 1, 6, 7)),
+    Network("3d", lambda: ResidualCNN(3, channels=3, layers=4), (1, 5, 4, 9)),
+    Network("2d+t", lambda: SpaceTimeCNN(2, channels=3, stages=2, time_padding="circular"), (4, 1, 5, 8)),
+    Network("3d+t", lambda: SpaceTimeCNN(3, channels=3, stages=2), (3, 2, 4, 5)),
+]
+
+
+def encoding(matrix: tuple[int, int, int, int], *, batch: int = 1, dtype: torch.dtype = torch.complex128) -> Encoding:
+    """A SENSE encoding with random maps and mask, and random data."""
+    time, *space = matrix
+    mask = random((batch, 1, time, *space[:2], 1), seed=1).real > -0.3
+    operator = Sense(random((batch, 1, 2, 1, *space), dtype, seed=2) / 2, mask, time=time)
+    return Encoding(operator, operator.adjoint(random(operator.codomain, dtype, seed=3)))
+
+
+def model(
+    network: Callable[[], Regulariser],
+    *,
+    scheme: str = "modl",
+    count: int = 3,
+    shared: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Unrolled:
+    """An unrolled model with weights large enough that every gradient matters."""
+    torch.manual_seed(5)
+    made = Unrolled.repeat(lambda: SCHEMES[scheme](network()), count, shared=shared).to(dtype)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("layers.0.bias") or "bias" in name:
+                parameter.normal_(std=0.2)
+            elif name.endswith("weight"):
+                parameter.mul_(1.5)
+    return made
+
+
+def gradients(
+    made: Unrolled, problem: Encoding, plan: MemoryPlan | None, *, initial: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Result of a step: the image, and the gradient of every parameter and of a differentiable initial image."""
+    made.memory = plan
+    made.zero_grad()
+    start = problem.adjoint_data if initial is None else initial
+    start = start.detach().requires_grad_()
+    image = made.refine(problem, start)
+    weights = random(tuple(image.shape), image.dtype, seed=7)
+    (image * weights).abs().square().sum().backward()
+    found = {"image": image.detach(), "initial": start.grad}
+    found |= {name: parameter.grad for name, parameter in made.named_parameters()}
+    return {name: value.clone() for name, value in found.items() if value is not None}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative difference of two results of `gradients`."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name].to(value.dtype) - value).norm() / value.norm().clamp(min=1e-300))
+        for name, value in expected.items()
+    )
+
+
+def plans(executors: Sequence[tuple[str, dict[str, Any]]], count: int) -> list[MemoryPlan]:
+    """A uniform plan for each executor and options."""
+    return [MemoryPlan.uniform(name, count, **options) for name, options in executors]  # type: ignore[arg-type]
