@@ -1,7 +1,8 @@
 """Random cine of a beating heart in its chest, in breath-hold: what moves is the heart, what is around it is at rest.
 
 The signal is that of balanced steady-state cine: bright blood, dark muscle, fat of either kind, dark lungs with
-vessels. Everything is painted in the frame of the tissue and carried along by the deformation of `melcore.simulate.motion`.
+vessels. Everything is painted in the frame of the tissue and carried along by the deformation of
+`melcore.simulate.motion`.
 """
 
 import math
@@ -36,11 +37,12 @@ def random_cine(shape: tuple[int, int, int, int], *, seed: int) -> Tensor:
     rng = np.random.default_rng(seed)
     turn = rotation(rng, 10)
     place, spacing = positions(shape[1:], turn, torch.tensor([0.0, 0.0, rng.uniform(-0.1, 0.1)]))
+    place = place * rng.uniform(0.55, 1.0)  # from the heart alone to the whole chest
     place = place + 0.05 * RandomField(rng, 1.2, channels=3)(place).movedim(0, -1)
     place = place + 0.012 * RandomField(rng, 0.3, channels=3)(place).movedim(0, -1)
     quarter = torch.linalg.matrix_exp(torch.tensor([[0, 1.0, 0], [-1, 0, 0], [0, 0, 0]]) * rng.uniform(0, 2 * math.pi))
 
-    cavity, wall = rng.uniform(0.16, 0.26), rng.uniform(0.06, 0.11)
+    cavity, wall = rng.uniform(0.15, 0.28), rng.uniform(0.06, 0.11)
     centre = torch.from_numpy(rng.uniform((-0.2, -0.2, 0), (0.2, 0.2, 0.01)).astype(np.float32))
     amount = contraction(shape[0], start=rng.random(), systole=rng.uniform(0.3, 0.42)).reshape(-1, 1, 1, 1)
     tissue = contract(
@@ -51,8 +53,12 @@ def random_cine(shape: tuple[int, int, int, int], *, seed: int) -> Tensor:
         strength=rng.uniform(0.2, 0.45),
         twist=rng.uniform(-0.2, 0.2),
     )
-    blood, muscle, fat = rng.uniform(0.85, 1.1), rng.uniform(0.22, 0.42), rng.choice([0.25, 1.0]) * rng.uniform(0.8, 1.3)
-    chest = _paint_chest(rng, (place @ quarter), spacing, (blood, muscle, fat)).unsqueeze(0)
+    blood, muscle, fat = (
+        rng.uniform(0.85, 1.1),
+        rng.uniform(0.22, 0.42),
+        float(rng.choice([0.25, 1.0]) * rng.uniform(0.8, 1.3)),
+    )
+    chest = _paint_chest(rng, place @ quarter, spacing, (blood, muscle, fat)).unsqueeze(0)
     image = _paint_heart(rng, chest, tissue, amount, (cavity, wall), (blood, muscle, fat))
 
     image = image * (1 + rng.uniform(0.05, 0.35) * RandomField(rng, 2.5)(place)[0]).clamp(min=0.2)
@@ -72,7 +78,7 @@ def _paint_chest(
     fine = RandomField(rng, 0.12, exponent=2.0)(place)[0]
     x, y, z = place.unbind(-1)
     body = (x / rng.uniform(0.85, 1.3)).square() + (y / rng.uniform(0.7, 1.1)).square()
-    body = body.sqrt() - 1 + 0.03 * texture[0]
+    body = body.sqrt() - 1 + 0.012 * texture[0]
     image = torch.zeros_like(x)
     whole = inside(body)
     paint(image, whole, fat * (1 + 0.1 * fine))

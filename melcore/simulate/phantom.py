@@ -10,11 +10,14 @@ contrast is one of T1, T2, proton density or FLAIR, varied. A single slice is cu
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from melcore.errors import ShapeError
 from melcore.simulate.fields import RandomField, inside, paint, rotation, slope
+
+Floats = npt.NDArray[np.float64]
 
 # Relative signal of: white matter, grey matter, cerebrospinal fluid, fat, muscle, skin, marrow, vessel.
 _CONTRASTS = {
@@ -91,7 +94,9 @@ def _head(rng: np.random.Generator, place: Tensor, spacing: tuple[float, ...]) -
     stripped = rng.random() < 0.15  # as after brain extraction
     if not stripped:
         paint(image, head, skin * (1 + 0.1 * fine[0]))
-        paint(image, inside(outline + skin_depth * (1 + 0.3 * texture[0])), fat * (1 + 0.12 * texture[1] + 0.12 * fine[1]))
+        paint(
+            image, inside(outline + skin_depth * (1 + 0.3 * texture[0])), fat * (1 + 0.12 * texture[1] + 0.12 * fine[1])
+        )
         _paint_soft_tissue(rng, image, inside(outline + skin_depth + fat_depth), place, (muscle, fat, fine, texture))
     # The brain sits in the upper part of the head, in its skull.
     bone = (place - torch.tensor([0, 0.02, 0.14])).div(torch.tensor([0.90, 0.92, 0.84]))
@@ -175,14 +180,18 @@ def _paint_brain(
     width = rng.uniform(0.002, 0.02) * opening * (1 + 0.5 * texture[0])
     closing = ((reach + 0.05 - depth) / 0.05).clamp(0, 1)
     # The fissure between the hemispheres.
-    middle = (x + 0.015 * texture[3]).abs() + 0.25 * (0.15 - z).clamp(min=0) + 0.4 * (0.25 - radius[..., 0]).clamp(min=0)
+    middle = (
+        (x + 0.015 * texture[3]).abs() + 0.25 * (0.15 - z).clamp(min=0) + 0.4 * (0.25 - radius[..., 0]).clamp(min=0)
+    )
     distance_2, width_2 = middle, rng.uniform(0.006, 0.02)
 
     brain = inside(surface)
     tint = 1 + 0.03 * texture[2]
     paint(image, brain, grey * (1 + 0.03 * fine[0]) * tint)
     # Below the sulci the ribbon ends, rather than to thin out to a line.
-    ribbon = torch.minimum(distance - (width + (thickness + 0.03) * closing - 0.03), depth - thickness * (0.8 + 0.2 * closing))
+    ribbon = torch.minimum(
+        distance - (width + (thickness + 0.03) * closing - 0.03), depth - thickness * (0.8 + 0.2 * closing)
+    )
     ribbon = torch.minimum(ribbon, distance_2 - width_2 - thickness)
     paint(image, brain * inside(-ribbon), white * (1 + 0.02 * fine[1]) * tint)
     crevice = torch.minimum(distance - width, distance_2 - width_2)
@@ -244,10 +253,12 @@ def _paint_lesions(rng: np.random.Generator, image: Tensor, place: Tensor, where
     for _ in range(int(rng.poisson(5))):
         centre = rng.uniform(-0.55, 0.55, 3)
         size = np.exp(rng.uniform(math.log(0.015), math.log(0.09))) * rng.uniform(0.6, 1.4, 3)
-        paint(image, where * inside(_ellipsoid(place, centre, size, rotation(rng, 60))), brightest * rng.uniform(0.1, 1.3))
+        paint(
+            image, where * inside(_ellipsoid(place, centre, size, rotation(rng, 60))), brightest * rng.uniform(0.1, 1.3)
+        )
 
 
-def _ellipsoid(place: Tensor, centre: np.ndarray, size: np.ndarray, turn: Tensor) -> Tensor:  # type: ignore[type-arg]
+def _ellipsoid(place: Tensor, centre: Floats, size: Floats, turn: Tensor) -> Tensor:
     """Field that is negative inside an ellipsoid, -1 at its centre."""
     shifted = (place - torch.from_numpy(np.asarray(centre, np.float32))) @ turn
     return shifted.div(torch.from_numpy(np.asarray(size, np.float32))).square().sum(-1).sqrt() - 1
