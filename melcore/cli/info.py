@@ -9,6 +9,7 @@ Reads headers only, so that a file of many GB takes a second.
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print what the file says."""
     if arguments.file.suffix == ".safetensors":
-        from melcore.bundle import Bundle
-
-        card = Bundle.load(arguments.file).card
-        print(json.dumps(_plain(card), indent=None if arguments.json else 2))
+        print(json.dumps(_describe_bundle(arguments.file), indent=None if arguments.json else 2))
         return
     description = _describe(arguments.file)
     if arguments.json:
@@ -37,10 +35,18 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{label:{width}}{text}")
 
 
-def _plain(card: Any) -> Any:
-    import dataclasses
+def _describe_bundle(path: Path) -> dict[str, Any]:
+    from melcore.bundle import Bundle
 
-    return dataclasses.asdict(card) if dataclasses.is_dataclass(card) and not isinstance(card, type) else card
+    bundle = Bundle.load(path)
+    return {
+        "bundle": bundle.name,
+        "digest": bundle.digest,
+        "dimensions": bundle.dimensions,
+        "architecture": dict(bundle.architecture),
+        "preparation": asdict(bundle.preparation),
+        "card": dict(bundle.card),
+    }
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -51,7 +57,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
     with open_raw(path) as raw:
         headers, header = raw.headers(), raw.header
-        waveforms = sum(1 for _ in raw.waveforms())
+        waveforms = raw.waveform_count
     encodings = sorted({int(number) for number in headers["encoding_space_ref"]})
     info = scan_info(header)
     system = header.acquisitionSystemInformation

@@ -175,9 +175,11 @@ def _check_settings(method: str, sets: int, crop: float, kernel: int, calibratio
 def _command(method: Method, source: _Averaged, sets: int, kernel: int, size: int, crop: float) -> list[str]:
     """Compose the command; refuse regions that BART would end on with a failed assertion."""
     grid = source.data.shape[-3:]
-    wanted = kernel if method == "espirit" else _LEAST_FOR_CALDIR
-    # A kernel cannot be larger than a thin slab's grid; a fully sampled axis needs no more than it has.
-    least = [min(wanted, n) for n in grid]
+    if method == "espirit":
+        # A kernel, convolved with itself, must fit on the grid of a thin slab.
+        least = [min(kernel, (n + 1) // 2) for n in grid]
+    else:
+        least = [min(_LEAST_FOR_CALDIR, n) for n in grid]
     if any(found < needed for found, needed in zip(source.region, least, strict=True)):
         found, needed = ("x".join(map(str, sizes)) for sizes in (source.region, least))
         what = f"a fully sampled centre of {found} (z, y, x)" if source.region[0] else "no fully sampled centre"

@@ -17,6 +17,7 @@ def all_finite(array: npt.NDArray[Any]) -> bool:
         array = array.view(np.float32)
     if array.dtype == np.float32 and array.flags.c_contiguous:
         flat = array.reshape(-1)
-        if math.isfinite(np.dot(flat, flat)):
-            return True
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(np.dot(flat, flat)):
+                return True
     return bool(np.isfinite(array).all())

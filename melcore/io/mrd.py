@@ -63,8 +63,8 @@ class RawFile:
     path : pathlib.Path
     header : ismrmrd.xsd.ismrmrdHeader
     header_xml : str
-    count : int
-        Number of acquisitions.
+    count, waveform_count : int
+        Number of acquisitions, and of waveforms.
     """
 
     def __init__(self, path: Path, file: h5py.File, group: str) -> None:
@@ -75,6 +75,7 @@ class RawFile:
         self.header_xml: str = xml.decode("utf-8", "replace") if isinstance(xml, bytes) else str(xml)
         self.header: Any = parse_header(self.header_xml.encode(), f"the header of {path}")
         self.count: int = self._group["data"].shape[0]
+        self.waveform_count: int = self._group["waveforms"].shape[0] if "waveforms" in self._group else 0
 
     def __enter__(self) -> Self:
         return self
@@ -119,9 +120,7 @@ class RawFile:
 
     def waveforms(self, chunk: int = 1024) -> Iterator[Waveform]:
         """Iterate over the waveforms (ECG and the like), if there are any."""
-        if "waveforms" not in self._group:
-            return
-        count = self._group["waveforms"].shape[0]
+        count = self.waveform_count
         for start in range(0, count, chunk):
             for row in self._rows("waveforms", _WAVEFORM_ROW, start, min(start + chunk, count)):
                 channels, samples = int(row["head"]["channels"]), int(row["head"]["number_of_samples"])
