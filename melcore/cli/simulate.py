@@ -3,10 +3,9 @@
 A random head (or, with --time, a beating heart) is scanned by simulated coils: noise scan, oversampled readout,
 undersampled phase encoding with a fully sampled centre. The true images lie in the same file, in the group "truth".
 
-Examples:
-  mel simulate -o exam.h5
-  mel simulate -o cine.h5 --shape 1,128,128 --time 20
-  mel simulate -o slices.h5 --shape 12,192,160 --slices --acceleration 3
+    mel simulate -o exam.h5
+    mel simulate -o cine.h5 --shape 1,128,128 --time 20
+    mel simulate -o slices.h5 --shape 12,192,160 --slices
 """
 
 import argparse
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", action="store_true", help="z counts 2D slices instead of encoding a volume")
     parser.add_argument("--time", type=int, default=1, metavar="T", help="cardiac phases of a cine (1: a head at rest)")
     parser.add_argument("--coils", type=int, default=8, help="number of coils (8)")
-    parser.add_argument("--acceleration", type=float, help="calibration included (8; of 2D images 4)")
+    parser.add_argument("--acceleration", type=float, help="calibration included (8; of 2D images 3)")
     parser.add_argument(
         "--calibration",
         type=_sizes(2),
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         slices=arguments.slices,
         time=arguments.time,
         coils=arguments.coils,
-        acceleration=arguments.acceleration or (4.0 if flat and not cine else 8.0),
+        acceleration=arguments.acceleration or (3.0 if flat and not cine else 8.0),
         calibration=arguments.calibration or ((8, 8) if flat and cine else (24, 24)),
         snr=arguments.snr,
         oversampling=arguments.oversampling,
