@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws import random
 from safetensors.torch import load_file, save_file
 
 from melcore.bundle import Bundle, find, shipped
@@ -13,6 +12,7 @@ from melcore.errors import ConfigError, DataError
 from melcore.physics import Sense
 from melcore.preprocess.preparation import Preparation
 from melcore.unrolled import build
+from tests.laws import random
 
 ARCHITECTURE = {
     "scheme": "modl",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from laws import random, relative, sense
 
 from melcore.errors import ShapeError
 from melcore.physics import conjugate_gradient
+from tests.laws import random, relative, sense
 
 DOUBLE = torch.complex128
 

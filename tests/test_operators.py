@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from laws import OPERATORS, Case, inner, random, relative, sense
 
 from melcore.errors import ShapeError
 from melcore.physics import Sense, fft, ifft
+from tests.laws import OPERATORS, Case, inner, random, relative, sense
 
 every_operator = pytest.mark.parametrize("case", OPERATORS, ids=str)
 DOUBLE = torch.complex128

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws import random, relative
 
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, KSpace, ScanInfo
@@ -14,6 +13,7 @@ from melcore.physics import Sense, fft
 from melcore.preprocess.preparation import Preparation, prepare
 from melcore.reconstruct import Reconstructor
 from melcore.unrolled import build
+from tests.laws import random, relative
 
 MATRIX = (1, 54, 47)
 CENTRE = (1, 22, 22)
