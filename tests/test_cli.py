@@ -182,6 +182,7 @@ def test_maps_that_cannot_be_made_leave_no_file(exam, tmp_path, capsys, monkeypa
     assert main(["maps", str(exam), "-o", str(target)]) == 1
     assert "bart ecalib failed (exit code 1): it gave no reason" in capsys.readouterr().err
     assert main(["maps", str(exam), "-o", str(tmp_path / "maps.txt")]) == 1
+    assert main(["maps", str(exam), "-o", str(tmp_path / "none" / "maps.cfl")]) == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -225,8 +225,10 @@ def test_whatever_stops_a_command_ends_all_its_processes(tmp_path, monkeypatch, 
         _wait_for(lambda pid=pid: _gone(pid))
 
 
-def test_it_works_where_standard_input_is_a_socket():
-    """As under Gadgetron: `sys.stdin` is None and the connection is file 0."""
+def test_it_works_where_standard_input_is_a_socket(tmp_path, monkeypatch):
+    """As under Gadgetron: `sys.stdin` is None and the connection is file 0, which BART must not get hold of."""
+    script = 'test "$(readlink /proc/self/fd/0)" = /dev/null && exec bart "$@"'
+    monkeypatch.setenv("MEL_BART", program(tmp_path / "bart", script))
     ours, theirs = socket.socketpair()
     code = (
         "import sys; sys.stdin = None; import numpy as np; from melcore.io.bart import run;"

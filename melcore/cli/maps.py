@@ -46,6 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.output.suffix not in (".cfl", ".npy"):
         raise ConfigError(f"--output must end in .cfl or .npy, but is {arguments.output}.")
+    if not arguments.output.parent.is_dir():
+        raise ConfigError(
+            f"--output names the folder {arguments.output.parent}, which does not exist: create it first."
+        )
     k_space, calibration = _load(arguments.input)
     maps = estimate_coil_maps(
         k_space,

@@ -100,6 +100,8 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
     DataError
         If the scan is not Cartesian, has no lines, or has lines outside the encoded matrix.
     """
+    if not 0 <= encoding < len(header.encoding):
+        raise DataError(f"the header has {len(header.encoding)} encodings, but the data refer to number {encoding}.")
     space = header.encoding[encoding]
     matrix, counters = space.encodedSpace.matrixSize, headers["idx"]
     calibration_only = has_flag(headers, IS_CALIBRATION)
