@@ -55,7 +55,7 @@ def figures(image: Volume, truth: Volume) -> tuple[Volume, dict[str, float]]:
 
 
 def draw(path: Path, images: dict[str, Volume], numbers: dict[str, dict[str, float]]) -> None:
-    """One PNG: a slice of each image, and below it five times its difference from the first one (the truth, if any)."""
+    """One PNG: a slice of each image, and below it three times its difference from the truth, if there is one."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -74,12 +74,12 @@ def draw(path: Path, images: dict[str, Volume], numbers: dict[str, dict[str, flo
             row = index * (2 if truth is not None else 1)
             axes[row][column].imshow(plane, cmap="gray", vmin=0, vmax=top if truth is not None else None)
             if truth is not None:
-                difference = 5 * np.abs(plane - planes[names[0]][index])
-                axes[row + 1][column].imshow(difference, cmap="gray", vmin=0, vmax=top)
-                axes[row + 1][column].set_xlabel("difference x 5", fontsize=8)
+                if column:
+                    difference = 3 * np.abs(plane - planes[names[0]][index])
+                    axes[row + 1][column].imshow(difference, cmap="gray", vmin=0, vmax=top)
+                    axes[row + 1][column].set_title("difference x 3", fontsize=8)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
