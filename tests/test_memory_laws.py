@@ -15,6 +15,9 @@ EXECUTORS: list[tuple[str, dict[str, Any]]] = [
     ("checkpoint", {}),
     ("store", {}),
     ("store", {"keep_input": True}),
+    ("stream", {"chunk": 1}),
+    ("stream", {"chunk": 3}),
+    ("stream", {"chunk": 64, "keep_input": True}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in EXECUTORS]
 

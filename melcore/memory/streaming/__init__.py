@@ -1,0 +1,1 @@
+"""What streaming is made of: when each plane is computed, where it waits, and the convolutions themselves."""
