@@ -194,8 +194,10 @@ def _paint_brain(
     )
     ribbon = torch.minimum(ribbon, distance_2 - width_2 - thickness)
     paint(image, brain * inside(-ribbon), white * (1 + 0.02 * fine[1]) * tint)
-    crevice = torch.minimum(distance - width, distance_2 - width_2)
-    paint(image, brain * inside(torch.where(depth < reach, crevice, distance_2 - width_2)), fluid)
+    # Crevices thinner than a voxel fade, instead of filling half of it.
+    voxel = max(spacing)
+    paint(image, brain * inside(distance - width) * (2 * width / voxel).clamp(max=1), fluid)
+    paint(image, brain * inside(distance_2 - width_2) * min(1.0, 2 * width_2 / voxel), fluid)
     # Nuclei and ventricles, mirrored at the middle and slightly different on both sides.
     mirrored = torch.stack((x.abs() + 0.015 * texture[0], y, z), -1)
     for _ in range(int(rng.integers(4, 8))):
