@@ -73,11 +73,10 @@ def draw(path: Path, images: dict[str, Volume], numbers: dict[str, dict[str, flo
         for index, plane in enumerate(planes[name]):
             row = index * (2 if truth is not None else 1)
             axes[row][column].imshow(plane, cmap="gray", vmin=0, vmax=top if truth is not None else None)
-            if truth is not None:
-                if column:
-                    difference = 3 * np.abs(plane - planes[names[0]][index])
-                    axes[row + 1][column].imshow(difference, cmap="gray", vmin=0, vmax=top)
-                    axes[row + 1][column].set_title("difference x 3", fontsize=8)
+            if truth is not None and column:
+                difference = 3 * np.abs(plane - planes[names[0]][index])
+                axes[row + 1][column].imshow(difference, cmap="gray", vmin=0, vmax=top)
+                axes[row + 1][column].set_title("difference x 3", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
