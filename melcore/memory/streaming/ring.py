@@ -31,7 +31,7 @@ class Ring:
         self._domain, self._pad, self._mode = domain, pad, mode
         self._base = self.low = domain[0] - pad
         self.high = domain[0]
-        self._begun = False
+        self._begun = mode == "zeros"  # the memory begins as zeros
 
     def push(self, count: int) -> Tensor:
         """Memory for the next `count` planes, to be written before anything is read."""

@@ -1,0 +1,107 @@
+"""The wavefront: exact for every shape, chunk and way to continue the volume, and what it holds is bounded."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from laws import random
+from torch import Tensor
+
+from melcore.memory.executors.stream import Stream, why_not
+from melcore.memory.protocols import ExecutorLike
+from melcore.memory.streaming.schedule import Wavefront, capacity
+from melcore.networks import LocalRegulariser, ResidualCNN, SpaceTimeCNN
+from melcore.networks.layers import SpatialConvolution
+
+MODES = ("zeros", "replicate", "reflect", "circular")
+
+
+def prepared(regulariser: LocalRegulariser) -> LocalRegulariser:
+    """The regulariser in double precision, with biases that matter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in regulariser.parameters():
+            parameter.normal_(std=0.3)
+    return regulariser.double()
+
+
+def assert_exact(
+    executor: ExecutorLike, regulariser: LocalRegulariser, shape: tuple[int, ...], bound: float = 1e-12
+) -> None:
+    """Output and all gradients equal autograd's."""
+    x, gradient = random(shape, seed=1).requires_grad_(), random(shape, seed=2)
+    parameters = list(regulariser.parameters())
+    expected = regulariser(x)
+    expected_gradients = torch.autograd.grad(expected, [x, *parameters], gradient)
+    with torch.no_grad():
+        output, kept = executor.forward(regulariser, x.detach())
+        first, others = executor.vjp(regulariser, x.detach(), gradient, kept, parameters)
+    pairs: list[tuple[Tensor | None, Tensor]] = [(output, expected.detach())]
+    pairs += zip((first, *others), expected_gradients, strict=True)
+    for found, value in pairs:
+        assert found is not None
+        assert float((found - value).norm()) <= bound * float(value.norm())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 13])
+@pytest.mark.parametrize("mode", MODES)
+def test_volumes_of_every_length_are_exact(mode: Any, size: int, chunk: int) -> None:
+    if mode == "reflect" and size < 2:
+        pytest.skip("reflect padding needs two samples")
+    regulariser = prepared(ResidualCNN(3, channels=3, layers=4, padding=mode))
+    assert_exact(Stream(chunk), regulariser, (1, 1, 1, 3, 2, size))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_wide_kernels_are_exact(mode: Any, chunk: int) -> None:
+    regulariser = prepared(ResidualCNN(2, channels=3, layers=3, kernel=5, padding=mode, sets=2))
+    for size in (3, 6, 11):
+        assert_exact(Stream(chunk), regulariser, (2, 2, 2, 2, 4, size))
+
+
+@pytest.mark.parametrize(
+    ("mode", "time_mode"), [("zeros", "circular"), ("reflect", "replicate"), ("circular", "reflect")]
+)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_space_time_networks_are_exact(dimensions: int, mode: Any, time_mode: Any) -> None:
+    network = SpaceTimeCNN(dimensions, channels=3, stages=2, padding=mode, time_padding=time_mode, time_kernel=5)
+    for chunk, shape in itertools.product((1, 3), [(2, 1, 4, 3, 2, 5), (1, 1, 3, 2, 3, 2)]):
+        assert_exact(Stream(chunk), prepared(network), shape)
+
+
+def test_layers_that_differ_in_kernel_and_slope_are_exact() -> None:
+    layers = [
+        SpatialConvolution(2, 4, dimensions=3, kernel=1, slope=0.0),
+        SpatialConvolution(4, 3, dimensions=3, kernel=5, slope=1.0),
+        SpatialConvolution(3, 5, dimensions=2, kernel=3, slope=0.3),
+        SpatialConvolution(5, 2, dimensions=3, kernel=3, slope=1.0),
+    ]
+    regulariser = prepared(LocalRegulariser(layers, dimensions="3d", sets=1))
+    for chunk in (1, 3, 50):
+        assert_exact(Stream(chunk), regulariser, (1, 1, 1, 4, 3, 9))
+
+
+def test_what_cannot_be_streamed_says_why() -> None:
+    chain = [
+        SpatialConvolution(2, 4, dimensions=3, padding="circular"),
+        SpatialConvolution(4, 2, dimensions=3, slope=1.0),
+    ]
+    mixed = LocalRegulariser(chain, dimensions="3d", sets=1)
+    assert "different ways" in (why_not(mixed) or "")
+    chain[1].slope, chain[0].padding = 0.1, "zeros"
+    assert "last layer has an activation" in (why_not(mixed) or "")
+    chain[1].slope, chain[0].slope = 1.0, -0.1
+    assert "negative slope" in (why_not(mixed) or "")
+    assert "not made of local layers" in (why_not(torch.nn.Identity()) or "")
+    assert why_not(ResidualCNN(3)) is None
+
+
+def test_what_a_sweep_holds_does_not_grow_with_the_volume() -> None:
+    held = [capacity(Wavefront(size, [1] * 5, 8, backward=True)) for size in (64, 640)]
+    assert held[0] == held[1]
+    # By hand, for chunk c and depth 5: signal i waits for the gradient of layer i, which is 2 (5 - i) planes behind.
+    assert all(planes <= 8 + 2 * (5 - index) + 8 for index, planes in enumerate(held[0].signals))
+    assert all(planes <= 2 * 8 + 4 for planes in held[0].gradients)
