@@ -27,6 +27,7 @@ _BLOCK = 1 << 22  # bytes asked for at once
 _IN_PLACE = 1 << 18  # arrays from this size on are received where they will stay
 _IOV_MAX = 1024
 _GIB = 1 << 30
+_LONGEST_PAUSE = 600.0  # seconds
 
 
 class Wire:
@@ -60,6 +61,7 @@ class Wire:
         self._broken = False  # the writing side stopped within a message
         self._closed = False
         self._dropping = False
+        self._pause: float | None = None  # longest silence between messages
         connection.settimeout(message_timeout)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -155,7 +157,7 @@ class Wire:
     def _wait(self) -> None:
         """Block until there is at least one byte."""
         if self._start == self._stop:
-            self._socket.settimeout(None)
+            self._socket.settimeout(self._pause)
             try:
                 self._fill(1)
             finally:
@@ -242,9 +244,9 @@ class Wire:
         """
         if self._closed:
             return
-        with contextlib.suppress(OSError, TransportError):
-            self._drain(patience)
         if not self._broken:
+            with contextlib.suppress(OSError, TransportError):
+                self._drain(patience)
             with contextlib.suppress(OSError, TransportError):
                 self._send(Error(text))
                 self._send(Close())
@@ -257,6 +259,8 @@ class Wire:
 
     def _drain(self, patience: float) -> None:
         self._dropping = True
+        # The scan may go on for long, but a peer that says nothing at all does not keep this process for ever.
+        self._pause = _LONGEST_PAUSE
         while not self.finished and not self._lost:
             with contextlib.suppress(TransportError, MemoryError):
                 self.read()
