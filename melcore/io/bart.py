@@ -176,7 +176,7 @@ def _command(method: Method, source: _Averaged, sets: int, kernel: int, size: in
     """Compose the command; refuse regions that BART would end on with a failed assertion."""
     grid = source.data.shape[-3:]
     if method == "espirit":
-        # A kernel, convolved with itself, must fit on the grid of a thin slab.
+        # Along a thin slab, the kernel must leave itself room to move.
         least = [min(kernel, (n + 1) // 2) for n in grid]
     else:
         least = [min(_LEAST_FOR_CALDIR, n) for n in grid]
@@ -205,7 +205,8 @@ def _estimate(
     if peak == 0:
         raise DataError("the k-space holds only zeros: no coil maps can be estimated from it.")
     # ESPIRiT is indifferent to scale, float32 is not: raw data with a peak of 5e13 exist.
-    array = layout.k_space_to_bart(element / peak)
+    padded, voxels = _refine(element / peak, command)
+    array = layout.k_space_to_bart(padded)
     try:
         result = run(command, [array], timeout=timeout, threads=threads, cancel=cancel)
     except EmptyOutputError:
@@ -213,4 +214,31 @@ def _estimate(
             raise
         uncropped = [*command[: command.index("-c")], "-c", "0"]
         result = run(uncropped, [array], timeout=timeout, threads=threads, cancel=cancel)
-    return np.ascontiguousarray(layout.coil_maps_from_bart(result[0]))
+    z, y, x = voxels
+    return np.ascontiguousarray(layout.coil_maps_from_bart(result[0])[..., z, y, x])
+
+
+def _refine(element: Complex, command: list[str]) -> tuple[Complex, list[slice]]:
+    """Zero-pad k-space, hence interpolate the maps, along axes that are too short for the kernel.
+
+    BART 0.8 needs more than twice the kernel's size along each axis: at twice the size its eigenvalues are too small
+    by that size (all maps are cropped away), below that it aborts.
+
+    Returns
+    -------
+    padded : numpy.ndarray
+    voxels : list of slice
+        Along z, y and x, where the voxels of the original grid lie on the refined one.
+    """
+    if "-k" not in command:
+        return element, [slice(None)] * 3
+    kernels = [int(size) for size in reversed(command[command.index("-k") + 1].split(":"))]
+    sizes = element.shape[-3:]
+    # Odd factors leave no doubt about where the centre is.
+    factors = [(2 * kernel // n + 1) | 1 if n > 1 else 1 for n, kernel in zip(sizes, kernels, strict=True)]
+    padding, voxels = [(0, 0)] * 3, []
+    for n, factor in zip(sizes, factors, strict=True):
+        before = factor * n // 2 - n // 2
+        padding.append((before, factor * n - n - before))
+        voxels.append(slice(factor * n // 2 - factor * (n // 2), None, factor))
+    return np.pad(element, padding), voxels
