@@ -116,7 +116,11 @@ def prepare(
             k_space = replace(k_space, data=compress_coils(k_space.data, matrix))
             source = k_space if calibration is None else replace(source, data=compress_coils(source.data, matrix))
         coil_maps = estimate_coil_maps(
-            source, method=settings.map_method, sets=settings.map_sets, calibration_size=settings.calibration_size
+            source,
+            method=settings.map_method,
+            sets=settings.map_sets,
+            calibration_size=settings.calibration_size,
+            crop=settings.map_crop,
         )
     scale = image_scale(source.data, coil_maps.data, calibration_region(source.mask, source.data.shape))
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
