@@ -32,6 +32,9 @@ class Preparation:
         ``"espirit"`` or ``"caldir"``; see `melcore.io.bart.estimate_coil_maps`.
     calibration_size
         At most so many central samples along each axis are used for the maps; None leaves it to the method.
+    map_crop
+        Maps are zero where their eigenvalue is below this. Dynamic data, whose few calibration lines leave small
+        eigenvalues at the rim of the anatomy, need a low one, or lose that rim.
     start
         ``"zero"``: the start image is a short CG-SENSE from zero. ``"time average"``: it begins from, and is drawn
         towards, the average over time; for data that differ little from frame to frame.
@@ -43,6 +46,7 @@ class Preparation:
     map_sets: int = 1
     map_method: Literal["espirit", "caldir"] = "espirit"
     calibration_size: int | None = None
+    map_crop: float = 0.8
     start: Literal["zero", "time average"] = "zero"
     start_iterations: int = 8
     start_weight: float = 0.02
