@@ -5,8 +5,20 @@ backward. Axes are those of `melcore.layout`.
 """
 
 from melcore.physics.conjugate_gradient import Solution, conjugate_gradient
+from melcore.physics.data_consistency import ConvergenceWarning, GradientMode, data_consistency
 from melcore.physics.fourier import Fourier, fft, ifft
 from melcore.physics.operator import LinearOperator
 from melcore.physics.sense import Sense
 
-__all__ = ["Fourier", "LinearOperator", "Sense", "Solution", "conjugate_gradient", "fft", "ifft"]
+__all__ = [
+    "ConvergenceWarning",
+    "Fourier",
+    "GradientMode",
+    "LinearOperator",
+    "Sense",
+    "Solution",
+    "conjugate_gradient",
+    "data_consistency",
+    "fft",
+    "ifft",
+]

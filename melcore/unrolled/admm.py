@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
-from melcore.physics import conjugate_gradient
+from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
 
 
@@ -26,12 +26,18 @@ class ADMM(Iteration):
         The learned proximal step.
     rho
         Initial penalty, learned as ``exp(log_rho)``.
-    cg_iterations, relative_tolerance
+    cg_iterations, relative_tolerance, gradient
         As for `melcore.unrolled.MoDL`; conjugate gradients begin from ``z - u``.
     """
 
     def __init__(
-        self, regulariser: Regulariser, *, rho: float = 0.05, cg_iterations: int = 10, relative_tolerance: float = 0.0
+        self,
+        regulariser: Regulariser,
+        *,
+        rho: float = 0.05,
+        cg_iterations: int = 10,
+        relative_tolerance: float = 0.0,
+        gradient: GradientMode = "exact",
     ) -> None:
         super().__init__()
         if rho <= 0 or cg_iterations < 1:
@@ -40,7 +46,10 @@ class ADMM(Iteration):
             )
         self.regulariser = regulariser
         self.log_rho = nn.Parameter(torch.tensor(math.log(rho)))
+        if gradient not in ("exact", "implicit"):
+            raise ConfigError(f"gradients of data consistency are exact or implicit, not {gradient!r}.")
         self.cg_iterations, self.relative_tolerance = cg_iterations, relative_tolerance
+        self.gradient: GradientMode = gradient
 
     def start(self, initial: Tensor) -> State:
         """See `Iteration.start`."""
@@ -53,14 +62,15 @@ class ADMM(Iteration):
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:
         """See `Iteration.after`."""
-        rho = self.log_rho.exp()
         dual = carry[0] - regularised
         target = regularised - dual
-        solution = conjugate_gradient(
-            lambda v: encoding.operator.normal(v) + rho * v,
-            encoding.adjoint_data + rho * target,
-            initial=target,
-            relative_tolerance=self.relative_tolerance,
+        x = data_consistency(
+            encoding.operator.normal,
+            encoding.adjoint_data,
+            target,
+            self.log_rho.exp(),
             max_iterations=self.cg_iterations,
+            relative_tolerance=self.relative_tolerance,
+            gradient=self.gradient,
         )
-        return solution.value, dual
+        return x, dual

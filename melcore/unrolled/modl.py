@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
-from melcore.physics import conjugate_gradient
+from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
 
 
@@ -28,10 +28,19 @@ class MoDL(Iteration):
         At most so many steps of conjugate gradients.
     relative_tolerance
         Where they stop earlier; 0 always runs `cg_iterations`.
+    gradient
+        ``"exact"``: of the iterations as they are executed. ``"implicit"``: of the solution that they approach; needs a
+        `relative_tolerance`, and warns where it is not reached. See `melcore.physics.data_consistency`.
     """
 
     def __init__(
-        self, regulariser: Regulariser, *, mu: float = 0.05, cg_iterations: int = 10, relative_tolerance: float = 0.0
+        self,
+        regulariser: Regulariser,
+        *,
+        mu: float = 0.05,
+        cg_iterations: int = 10,
+        relative_tolerance: float = 0.0,
+        gradient: GradientMode = "exact",
     ) -> None:
         super().__init__()
         if mu <= 0 or cg_iterations < 1:
@@ -40,7 +49,10 @@ class MoDL(Iteration):
             )
         self.regulariser = regulariser
         self.log_mu = nn.Parameter(torch.tensor(math.log(mu)))
+        if gradient not in ("exact", "implicit"):
+            raise ConfigError(f"gradients of data consistency are exact or implicit, not {gradient!r}.")
         self.cg_iterations, self.relative_tolerance = cg_iterations, relative_tolerance
+        self.gradient: GradientMode = gradient
 
     @property
     def mu(self) -> Tensor:
@@ -53,12 +65,13 @@ class MoDL(Iteration):
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.after`."""
-        mu = self.mu
-        solution = conjugate_gradient(
-            lambda v: encoding.operator.normal(v) + mu * v,
-            encoding.adjoint_data + mu * regularised,
-            initial=regularised,
-            relative_tolerance=self.relative_tolerance,
+        x = data_consistency(
+            encoding.operator.normal,
+            encoding.adjoint_data,
+            regularised,
+            self.mu,
             max_iterations=self.cg_iterations,
+            relative_tolerance=self.relative_tolerance,
+            gradient=self.gradient,
         )
-        return (solution.value,)
+        return (x,)
