@@ -69,6 +69,8 @@ class ReconstructSettings:
         for name in ("map_sets", "coils"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 at least, but is {value}.")
+        if self.deadline is not None and not self.deadline > 0:
+            raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
         if not 0 <= self.series < 1 << 16:
             raise ConfigError(f"series must be within 0 and 65535, but is {self.series}.")
 
@@ -220,7 +222,7 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
     infos = [scan_info(header.document, 0, heads[0] if heads else some) for heads in filled]
     geometry = tuple(info.geometry[0] for info in infos)
     info = dataclasses.replace(infos[0], geometry=geometry, provenance=dict(header.provenance))
-    size = (int(bit.data.sampling["encoded_matrix"][1]), int(bit.data.sampling["encoded_matrix"][2]))
+    size = header.encodings[0].encoded_matrix[1:]
 
     def convert(array: Array, filled: npt.NDArray[np.bool_]) -> KSpace:
         array, mask = _whole_matrix(array, filled, size)

@@ -150,3 +150,39 @@ def properties(**values: object) -> str:
 def data_messages(raw: bytes) -> list[Message]:
     """Messages of a recording without configuration, header and CLOSE."""
     return [message for message in messages(raw) if not isinstance(message, ConfigScript | HeaderXml | Close)]
+
+
+def run_target_here(to_module: bytes, target: str, *, config: str | None = None) -> Answer:
+    """As `run_target`, in a thread of this process: a real socket and the launcher's own `Connection`."""
+    from gadgetron.external.connection import Connection
+
+    import gadgets
+
+    if config is not None:
+        to_module = with_config(to_module, config)
+    answer = Answer(code=0)
+    left, right = socket.socketpair()
+
+    def launch() -> None:
+        with Connection(right) as connection:
+            try:
+                getattr(gadgets, target)(connection)
+            except SystemExit as stop:
+                answer.code = int(str(stop.code))
+
+    def feed() -> None:
+        _send(left, to_module)
+        with suppress(OSError):
+            left.shutdown(socket.SHUT_WR)
+
+    threads = [threading.Thread(target=launch), threading.Thread(target=feed)]
+    for thread in threads:
+        thread.start()
+    with left:
+        left.settimeout(TARGET_TIMEOUT)
+        answer.raw = b"".join(iter(lambda: _receive(left), b""))
+        for thread in threads:
+            thread.join(TARGET_TIMEOUT)
+            assert not thread.is_alive()
+    answer.messages = messages(answer.raw) if answer.raw else []
+    return answer
