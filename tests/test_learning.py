@@ -1,0 +1,123 @@
+"""Metrics against scikit-image and against what they must give by definition; losses by their laws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from melcore.errors import ConfigError, ShapeError
+from melcore.learning import ReconstructionLoss, decibels, nrmse, psnr, relative_l1, relative_l2, ssim, ssim_map
+
+
+def _pair(*shape: int, seed: int = 0, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(shape, dtype=torch.complex128, generator=generator)
+    return truth + noise * torch.randn(shape, dtype=torch.complex128, generator=generator), truth
+
+
+@pytest.mark.parametrize(("shape", "dimensions"), [((37, 23), 2), ((13, 17, 15), 3), ((3, 29, 18), 2)])
+def test_ssim_is_that_of_scikit_image(shape: tuple[int, ...], dimensions: int) -> None:
+    grid = (1,) * (3 - len(shape)) + shape
+    image, truth = _pair(2, 1, 1, *grid, noise=0.4)
+    volume = dimensions == 3
+    for example in range(2):
+        pair = image[example, 0, 0].abs().numpy(), truth[example, 0, 0].abs().numpy()
+        span = pair[1].max()
+        slices = [(pair[0], pair[1])] if volume else list(zip(*pair, strict=True))
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": span}
+        expected = [structural_similarity(a, b, full=True, **options) for a, b in slices]
+        ours = ssim(image, truth, dimensions=dimensions)[example]
+        assert float(ours) == pytest.approx(np.mean([mean for mean, _ in expected]), abs=1e-12)
+        ours_map = ssim_map(image, truth, dimensions=dimensions)[example, 0, 0]
+        expected_map = expected[0][1] if volume else np.stack([full for _, full in expected])
+        np.testing.assert_allclose(ours_map.numpy(), expected_map, atol=1e-12)
+
+
+def test_ssim_of_axes_shorter_than_its_window() -> None:
+    image, truth = _pair(1, 1, 1, 3, 12, 4)
+    span = float(truth.abs().max())
+    options = {"sigma": 1.5, "truncate": 3.5, "mode": "reflect"}
+    from scipy.ndimage import gaussian_filter
+
+    a, b = image[0, 0, 0].abs().numpy(), truth[0, 0, 0].abs().numpy()
+    mean_a, mean_b = gaussian_filter(a, **options), gaussian_filter(b, **options)
+    covariance = gaussian_filter(a * b, **options) - mean_a * mean_b
+    variances = gaussian_filter(a * a, **options) - mean_a**2 + gaussian_filter(b * b, **options) - mean_b**2
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    expected = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    np.testing.assert_allclose(ssim_map(image, truth, dimensions=3)[0, 0, 0].numpy(), expected, atol=1e-12)
+
+
+def test_psnr_is_that_of_scikit_image() -> None:
+    image, truth = _pair(3, 1, 2, 1, 19, 14)
+    for index, ours in enumerate(psnr(image, truth)):
+        a, b = image[index].abs().numpy(), truth[index].abs().numpy()
+        assert float(ours) == pytest.approx(peak_signal_noise_ratio(b, a, data_range=b.max()), abs=1e-10)
+
+
+def test_nrmse_counts_phase_and_ignores_scale() -> None:
+    _, truth = _pair(2, 1, 1, 3, 8, 5)
+    np.testing.assert_allclose(nrmse(-truth, truth), 2.0)
+    np.testing.assert_allclose(nrmse(truth * 1.1, truth), 0.1, atol=1e-12)
+    np.testing.assert_allclose(nrmse(1e9 * truth * 1.1j, 1e9 * truth * 1j), 0.1, atol=1e-12)
+    np.testing.assert_allclose(decibels(nrmse(truth * 1.1, truth)), -20, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", [nrmse, psnr, ssim])
+def test_what_lies_outside_the_support_does_not_count(metric) -> None:  # type: ignore[no-untyped-def]
+    image, truth = _pair(2, 1, 1, 1, 40, 24)
+    support = torch.zeros(2, 1, 1, 1, 40, 24, dtype=torch.bool)
+    support[..., 8:20, 6:18] = True
+    spoiled, spoiled_truth = image.clone(), truth.clone()
+    # Windows of SSIM reach 5 samples beyond the support, and its data range is the whole image's.
+    spoiled[..., 30:, :] = 7
+    spoiled_truth[..., 30:, :] *= 0.5
+    options = {"data_range": truth.abs().flatten(1).amax(1)} if metric is ssim else {}
+    np.testing.assert_allclose(
+        metric(image, truth, support, **options), metric(spoiled, spoiled_truth, support, **options), atol=1e-12
+    )
+    assert not torch.allclose(metric(image, truth, **options), metric(spoiled, spoiled_truth, **options))
+
+
+@pytest.mark.parametrize(
+    "loss", [relative_l1, relative_l2, ReconstructionLoss(0.5, 0.2, 0.3), ReconstructionLoss(ssim=1)]
+)
+def test_losses_vanish_at_the_truth_and_not_beside_it(loss) -> None:  # type: ignore[no-untyped-def]
+    image, truth = _pair(2, 1, 2, 1, 12, 13)
+    assert float(loss(truth, truth)) == pytest.approx(0, abs=1e-12)
+    assert float(loss(image, truth)) > 1e-3
+    perfect = truth.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(perfect, truth), perfect)
+    assert bool(torch.isfinite(torch.view_as_real(gradient)).all())
+
+
+def test_loss_gradients_are_right() -> None:
+    image, truth = _pair(1, 1, 1, 1, 7, 6)
+    image.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ReconstructionLoss(0.4, 0.3, 0.3)(x, truth), (image,))
+
+
+def test_every_example_weighs_the_same() -> None:
+    image, truth = _pair(2, 1, 1, 1, 9, 8)
+    scale = torch.tensor([1.0, 1e4]).reshape(-1, *[1] * 5)
+    for loss in (relative_l1, relative_l2):
+        assert float(loss(image * scale, truth * scale)) == pytest.approx(float(loss(image, truth)))
+
+
+def test_wrong_arguments_are_named() -> None:
+    image, truth = _pair(1, 1, 1, 1, 9, 8)
+    with pytest.raises(ShapeError, match=r"\(1, 1, 1, 1, 9, 7\)"):
+        nrmse(image[..., :7], truth)
+    with pytest.raises(ShapeError, match="support"):
+        nrmse(image, truth, torch.ones(1, 1, 1, 1, 9, 7, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="batch, set, time, z, y, x"):
+        ssim(image[0], truth[0])
+    with pytest.raises(ConfigError, match="dimensions"):
+        ssim(image, truth, dimensions=1)
+    with pytest.raises(ConfigError, match="weights"):
+        ReconstructionLoss(0, 0, 0)
+    with pytest.raises(ConfigError, match="weights"):
+        ReconstructionLoss(1, -1, 0)
+    assert math.isfinite(float(ReconstructionLoss()(image, truth)))
