@@ -1,0 +1,1 @@
+"""Trains model bundles: configuration, simulated examples, the loop and its command."""
