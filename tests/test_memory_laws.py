@@ -18,6 +18,13 @@ EXECUTORS: list[tuple[str, dict[str, Any]]] = [
     ("stream", {"chunk": 1}),
     ("stream", {"chunk": 3}),
     ("stream", {"chunk": 64, "keep_input": True}),
+    ("stream", {"chunk": 4, "states": "slots"}),
+    ("store", {"keep_input": True, "states": "host"}),
+    ("keep", {"chunk": 3}),
+    ("keep", {"chunk": 7, "kept_layers": 1, "states": "host", "keep_input": True}),
+    ("nested", {}),
+    ("tile", {"chunk": 2}),
+    ("tile", {"chunk": 5, "keep_input": True}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in EXECUTORS]
 

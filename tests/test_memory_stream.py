@@ -8,7 +8,7 @@ import torch
 from laws import random
 from torch import Tensor
 
-from melcore.memory.executors.stream import Stream, why_not
+from melcore.memory.executors.stream import Keep, Stream, why_not
 from melcore.memory.protocols import ExecutorLike
 from melcore.memory.streaming.schedule import Wavefront, capacity
 from melcore.networks import LocalRegulariser, ResidualCNN, SpaceTimeCNN
@@ -52,6 +52,30 @@ def test_volumes_of_every_length_are_exact(mode: Any, size: int, chunk: int) -> 
         pytest.skip("reflect padding needs two samples")
     regulariser = prepared(ResidualCNN(3, channels=3, layers=4, padding=mode))
     assert_exact(Stream(chunk), regulariser, (1, 1, 1, 3, 2, size))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, None])
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_activations_are_exact(mode: Any, kept: int | None) -> None:
+    regulariser = prepared(ResidualCNN(3, channels=3, layers=5, padding=mode))
+    for chunk, size in itertools.product((1, 3, 100), (2, 5, 12)):
+        assert_exact(Keep(chunk, kept), regulariser, (1, 1, 1, 2, 3, size))
+
+
+def test_activations_kept_in_half_the_bytes_are_nearly_exact() -> None:
+    regulariser = ResidualCNN(3, channels=8, layers=5)
+    x, gradient = (random((1, 1, 1, 5, 6, 9), torch.complex64, seed=seed) for seed in (1, 2))
+    results = []
+    for dtype in (None, torch.bfloat16):
+        executor = Keep(4, None, dtype)
+        _, kept = executor.forward(regulariser, x)
+        assert all(tensor.dtype == (dtype or torch.float32) for tensor in kept)
+        assert len(kept) == 3  # of the inputs of five layers: not the image, and not the first expansion
+        results.append(executor.vjp(regulariser, x, gradient, kept, list(regulariser.parameters())))
+    for exact, found in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        assert exact is not None
+        assert found is not None
+        assert float((found - exact).norm()) < 0.01 * float(exact.norm())
 
 
 @pytest.mark.parametrize("chunk", [1, 4])

@@ -8,6 +8,7 @@ from torch import Tensor
 from melcore.errors import ConfigError, DataError
 from melcore.memory.plan import IterationPlan, MemoryPlan
 from melcore.memory.protocols import E, IterationLike, State
+from melcore.memory.states import Shelf
 from melcore.memory.unit import Unit, execute
 
 
@@ -39,9 +40,10 @@ def run(iterations: Sequence[IterationLike[E]], state: State, encoding: E, plan:
             f"the memory plan is made for {len(plans)} iterations, but the model has {len(iterations)}: make a new one."
         )
     sizes = [_size(state[0])]
+    shelf = Shelf(sum(entry.states == "slots" for entry in plans), plan.slots if plan else 0)
     tensors = state
-    for previous, current, iteration_plan in zip((None, *iterations), iterations, plans, strict=False):
-        tensors = execute(Unit(previous, current, iteration_plan), tensors, encoding)
+    for index, (previous, current, entry) in enumerate(zip((None, *iterations), iterations, plans, strict=False)):
+        tensors = execute(Unit(previous, current, entry), tensors, encoding, shelf, index)
         sizes.append(_size(tensors[0]))
     state = iterations[-1].after(tensors[0], tensors[1:], encoding)
     _check_finite([*sizes, _size(state[0])])

@@ -56,6 +56,8 @@ class IterationPlan:
         ):
             if value not in known:
                 raise ConfigError(f"there is no {what} {value!r}: choose one of {', '.join(known)}.")
+        if self.states == "slots" and (self.keep_input or self.executor in ("plain", "keep", "reverse")):
+            raise ConfigError(f"states in slots are computed again, but {self.executor} is to keep more than a state.")
         if self.chunk < 1:
             raise ConfigError(f"a chunk has at least 1 plane, but {self.chunk} were asked for.")
 
@@ -78,7 +80,9 @@ class MemoryPlan:
     Attributes
     ----------
     iterations
-        The plan of each iteration, in the order of execution.
+        The plan of each iteration, in the order of execution. Iterations with their states in slots come first.
+    slots
+        How many states the slots hold, besides the first.
     predicted_peak_bytes
         Everything that training holds at its peak, or None where nobody measured it.
     relative_time
@@ -88,9 +92,17 @@ class MemoryPlan:
     """
 
     iterations: tuple[IterationPlan, ...]
+    slots: int = 2
     predicted_peak_bytes: int | None = None
     relative_time: float | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_slots = [entry.states == "slots" for entry in self.iterations]
+        if in_slots != sorted(in_slots, reverse=True):
+            raise ConfigError("iterations whose states are in slots must come before all others.")
+        if self.slots < 0:
+            raise ConfigError(f"the number of slots cannot be negative, but is {self.slots}.")
 
     @classmethod
     def uniform(cls, executor: Executor, count: int, **options: Any) -> "MemoryPlan":
@@ -111,6 +123,7 @@ class MemoryPlan:
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "relative_time": self.relative_time,
             "iterations": rows,
+            "slots": self.slots,
             "notes": list(self.notes),
         }
 

@@ -20,6 +20,7 @@ from melcore.errors import MelError
 from melcore.memory import executors
 from melcore.memory.plan import IterationPlan
 from melcore.memory.protocols import E, Gradients, IterationLike, State
+from melcore.memory.states import Shelf
 from melcore.memory.surroundings import Surroundings
 
 
@@ -75,40 +76,59 @@ class Unit(Generic[E]):
         return (self.current.regulariser(x), *carry)
 
 
-def execute(unit: Unit[E], inputs: State, encoding: E) -> State:
-    """Run a unit as its plan says; differentiable where that is called for."""
+def execute(unit: Unit[E], inputs: State, encoding: E, shelf: Shelf, index: int) -> State:
+    """Run a unit as its plan says; differentiable where that is called for.
+
+    Parameters
+    ----------
+    shelf, index
+        Where the inputs wait for the backward if not on the device, and the unit's number there.
+    """
     tensors = [*inputs, encoding.adjoint_data, *unit.parameters]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if unit.plan.executor == "plain":
         return unit(inputs, encoding)
     if differentiated:
-        return tuple(_Recomputed.apply(unit, encoding, len(inputs), *tensors))
+        return tuple(_Recomputed.apply(unit, encoding, (shelf, index), len(inputs), *tensors))
+    return _forward(unit, inputs, encoding)[0]
+
+
+def _forward(unit: Unit[Any], inputs: State, encoding: Any) -> tuple[State, Sequence[Tensor]]:
+    """Outputs of a unit, and what its executor keeps; called without automatic differentiation."""
     if unit.plan.executor == "checkpoint":
-        return unit(inputs, encoding)
+        return unit(inputs, encoding), ()
     x, carry = unit.physics(inputs, encoding)
-    return (executors.make(unit.plan).forward(unit.current.regulariser, x)[0], *carry)
+    output, kept = executors.make(unit.plan, unit.current.regulariser).forward(unit.current.regulariser, x)
+    if unit.plan.keep_input:
+        kept = (x, *kept)
+    return (output, *carry), kept
 
 
 class _Recomputed(torch.autograd.Function):
     """A unit of which only the inputs are saved, and what its executor chooses to keep."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Unit[Any], encoding: Any, count: int, *tensors: Tensor) -> State:
+    def forward(
+        ctx: Any, unit: Unit[Any], encoding: Any, place: tuple[Shelf, int], count: int, *tensors: Tensor
+    ) -> State:
         inputs = tensors[:count]
-        ctx.unit, ctx.encoding, ctx.count = unit, encoding, count
+        ctx.unit, ctx.encoding, ctx.place, ctx.count = unit, encoding, place, count
         ctx.set_materialize_grads(False)
-        ctx.surroundings = Surroundings(inputs[0])
-        kept: Sequence[Tensor] = ()
-        with ctx.surroundings.autocast():
-            if unit.plan.executor == "checkpoint":
-                outputs = unit(inputs, encoding)
-            else:
-                x, carry = unit.physics(inputs, encoding)
-                output, kept = executors.make(unit.plan).forward(unit.current.regulariser, x)
-                outputs = (output, *carry)
-                if unit.plan.keep_input:
-                    kept = (x, *kept)
-        ctx.save_for_backward(*inputs, *kept)
+        surroundings = ctx.surroundings = Surroundings(inputs[0])
+        with surroundings.autocast():
+            outputs, kept = _forward(unit, inputs, encoding)
+        shelf, index = place
+        if unit.plan.states == "slots":
+
+            def advance(state: Sequence[Tensor]) -> Sequence[Tensor]:
+                with surroundings.restored(), torch.no_grad():
+                    return _forward(unit, tuple(state), encoding)[0]
+
+            shelf.remember(index, inputs, advance)
+        elif unit.plan.states == "host":
+            shelf.park(index, (*inputs, *kept))
+        else:
+            ctx.save_for_backward(*inputs, *kept)
         return outputs
 
     @staticmethod
@@ -119,8 +139,13 @@ class _Recomputed(torch.autograd.Function):
                 "(create_graph=True): set the model's memory plan to None to differentiate twice."
             )
         unit: Unit[Any] = ctx.unit
-        needed = ctx.needs_input_grad[3:]
-        saved: Sequence[Tensor] = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        shelf, index = ctx.place
+        saved: Sequence[Tensor]
+        if unit.plan.states == "slots":
+            saved = shelf.recall(index)
+        else:
+            saved = shelf.fetch(index) if unit.plan.states == "host" else ctx.saved_tensors
         inputs = [
             tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved[: ctx.count], needed[: ctx.count], strict=True)
@@ -139,7 +164,7 @@ class _Recomputed(torch.autograd.Function):
                 found = _separately(unit, tuple(inputs), encoding, leaves, stand_ins, kept, gradients)
         by_leaf = iter(found)
         results = [next(by_leaf) if tensor.requires_grad else None for tensor in (*inputs, data)]
-        return None, None, None, *results, *by_leaf
+        return None, None, None, None, *results, *by_leaf
 
 
 def _separately(
@@ -152,7 +177,8 @@ def _separately(
     gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Differentiate the regulariser, then the physics, so that their intermediate results never exist together."""
-    executor, regulariser = executors.make(unit.plan), unit.current.regulariser
+    regulariser = unit.current.regulariser
+    executor = executors.make(unit.plan, regulariser)
     learned = [stand_ins[id(parameter)] for parameter in unit.learned]
     network: Gradients = (None, [None] * len(learned))
     if unit.plan.keep_input:

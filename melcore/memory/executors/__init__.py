@@ -1,18 +1,44 @@
 """Ways to compute a regulariser and its gradients; one module for each."""
 
-from melcore.errors import ConfigError
-from melcore.memory.executors.stream import Stream
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from melcore.memory.executors import nested, stream, tile
+from melcore.memory.executors.nested import Nested
+from melcore.memory.executors.stream import Keep, Stream
+from melcore.memory.executors.tile import Tile
 from melcore.memory.executors.whole import Whole
 from melcore.memory.plan import IterationPlan
 from melcore.memory.protocols import ExecutorLike
 
-__all__ = ["make"]
+__all__ = ["make", "why_not"]
+
+_REASONS = {"keep": stream.why_not, "nested": nested.why_not, "stream": stream.why_not, "tile": tile.why_not}
 
 
-def make(plan: IterationPlan) -> ExecutorLike:
-    """The executor that an iteration's plan names."""
-    if plan.executor == "store":
-        return Whole()
-    if plan.executor == "stream":
-        return Stream(plan.chunk)
-    raise ConfigError(f"the executor {plan.executor!r} does not treat the regulariser on its own.")
+def why_not(executor: str, regulariser: nn.Module) -> str | None:
+    """Why an executor cannot treat a regulariser, or None if it can."""
+    return _REASONS[executor](regulariser) if executor in _REASONS else None
+
+
+def make(plan: IterationPlan, regulariser: nn.Module) -> ExecutorLike:
+    """The executor that an iteration's plan names, or the next best where the regulariser does not allow it."""
+    reason = why_not(plan.executor, regulariser)
+    if reason is None:
+        return _MAKE[plan.executor](plan)
+    instead = "nested" if nested.why_not(regulariser) is None else "store"
+    # Python shows a warning of one text from one line once, which is what somebody who trains for days wants.
+    warnings.warn(f"the regulariser cannot be executed as {plan.executor}: {reason}; {instead} it is.", stacklevel=2)
+    return _MAKE[instead](plan)
+
+
+_MAKE: dict[str, Callable[[IterationPlan], ExecutorLike]] = {
+    "keep": lambda plan: Keep(plan.chunk, plan.kept_layers, torch.bfloat16 if plan.precision == "bfloat16" else None),
+    "store": lambda _: Whole(),
+    "nested": lambda _: Nested(),
+    "tile": lambda plan: Tile(plan.chunk),
+    "stream": lambda plan: Stream(plan.chunk),
+}

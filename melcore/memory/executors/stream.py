@@ -5,16 +5,16 @@ gradients of the inputs and those of the weights advance in one sweep. No tensor
 volume; even the image becomes features a chunk at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from melcore.errors import ShapeError
 from melcore.memory.protocols import Gradients, LayeredLike, LayerLike
-from melcore.memory.streaming.faces import continued, fold, gather
+from melcore.memory.streaming.faces import ZERO, continued, fold, gather
 from melcore.memory.streaming.kernels import Arrangement, make_kernel
-from melcore.memory.streaming.ring import Ring
+from melcore.memory.streaming.ring import Ring, Whole
 from melcore.memory.streaming.schedule import Step, Wavefront, capacity
 
 _leaky_relu = torch.ops.aten.leaky_relu.out
@@ -61,10 +61,62 @@ class Stream:
             return _Sweep(regulariser, x, self.chunk, backward=True).vjp(gradient, parameters)
 
 
+class Keep(Stream):
+    """A wavefront whose activations stay in memory from the forward to the backward, so that nothing is recomputed.
+
+    The output of the first layer is never kept: it is the cheapest to compute, and as large as any other.
+
+    Parameters
+    ----------
+    layers
+        How many activations to keep, the last ones first; None is all.
+    dtype
+        In which precision; None is that of the computation.
+    """
+
+    def __init__(self, chunk: int, layers: int | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(chunk)
+        self.layers, self.dtype = layers, dtype
+
+    def _signals(self, regulariser: nn.Module) -> list[int]:
+        assert isinstance(regulariser, LayeredLike)
+        depth = len(regulariser.layers)
+        count = depth if self.layers is None else self.layers
+        return list(range(2, depth))[max(0, depth - 2 - count) :]
+
+    def forward(self, regulariser: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """See `ExecutorLike.forward`."""
+        with torch.no_grad():
+            sweep = _Sweep(regulariser, x, self.chunk, backward=False)
+            sweep.record(self._signals(regulariser), self.dtype)
+            return sweep.forward(), list(sweep.recorded.values())
+
+    def vjp(
+        self,
+        regulariser: nn.Module,
+        x: Tensor,
+        gradient: Tensor,
+        kept: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+    ) -> Gradients:
+        """See `ExecutorLike.vjp`."""
+        with torch.no_grad():
+            signals = dict(zip(self._signals(regulariser), kept, strict=True))
+            return _Sweep(regulariser, x, self.chunk, backward=True, kept=signals).vjp(gradient, parameters)
+
+
 class _Sweep:
     """One pass over the planes of one image."""
 
-    def __init__(self, regulariser: nn.Module, x: Tensor, chunk: int, *, backward: bool) -> None:
+    def __init__(
+        self,
+        regulariser: nn.Module,
+        x: Tensor,
+        chunk: int,
+        *,
+        backward: bool,
+        kept: Mapping[int, Tensor] | None = None,
+    ) -> None:
         assert isinstance(regulariser, LayeredLike)
         if x.ndim != 6 or not x.is_complex():
             raise ShapeError(
@@ -83,12 +135,15 @@ class _Sweep:
         halos = [layer.halo[3] for layer in self.layers]
         modes = [str(layer.padding) for layer in self.layers if layer.halo[3]]
         self.mode = modes[0] if modes else "zeros"
-        options = {"mode": self.mode, "backward": backward}
-        room = capacity(Wavefront(size, halos, chunk, **options))  # type: ignore[arg-type]
-        self.wave = Wavefront(size, halos, chunk, **options)  # type: ignore[arg-type]
+        kept = kept or {}
+        room = capacity(Wavefront(size, halos, chunk, mode=self.mode, backward=backward, kept=kept))
+        self.wave = Wavefront(size, halos, chunk, mode=self.mode, backward=backward, kept=kept)
         channels = [layer.weight.shape[1] for layer in self.layers]
+        self.recorded: dict[int, Tensor] = {}
         self.signals = [
-            self._ring(channels[i], room.signals[i], self.wave.domains[i], self.wave.pads[i], self.mode)
+            Whole(kept[i], self.wave.domains[i], self.wave.pads[i], self.dtype)
+            if i in kept
+            else self._ring(channels[i], room.signals[i], self.wave.domains[i], self.wave.pads[i], self.mode)
             for i in range(len(halos))
         ]
         self.upstream: list[Ring] = []
@@ -105,6 +160,32 @@ class _Sweep:
         shape = self.arrangement.shape(channels, planes)
         return Ring(shape, domain, pad, mode, like=self.x, dtype=self.dtype)
 
+    def record(self, signals: Sequence[int], dtype: torch.dtype | None) -> None:
+        """Keep copies of these signals as the sweep passes, with the planes beyond their ends."""
+        for index in signals:
+            (low, high), pad = self.wave.domains[index], self.wave.pads[index]
+            shape = self.arrangement.shape(self.layers[index].weight.shape[1], high - low + 2 * pad)
+            batch, channels, *rest = shape
+            memory = torch.empty((batch, *rest, channels), dtype=dtype or self.dtype, device=self.x.device)
+            self.recorded[index] = memory.movedim(-1, 1)
+
+    def _record(self, index: int, step: Step) -> None:
+        if index in self.recorded:
+            offset = self.wave.pads[index] - self.wave.domains[index][0]
+            target = self.recorded[index].narrow(2, step.start + offset, step.stop - step.start)
+            target.copy_(self.signals[index].view(step.start, step.stop))
+
+    def _continue_recorded(self) -> None:
+        """Write the planes beyond the ends, which the backward reads as well."""
+        for index, memory in self.recorded.items():
+            pad, (low, high) = self.wave.pads[index], self.wave.domains[index]
+            sources = continued(self.mode if pad else "zeros", high - low, pad, pad)
+            for plane in (*range(pad), *range(pad + high - low, high - low + 2 * pad)):
+                if sources[plane] == ZERO:
+                    memory.select(2, plane).zero_()
+                else:
+                    memory.select(2, plane).copy_(memory.select(2, sources[plane] + pad))
+
     def forward(self) -> Tensor:
         """The regulariser's output."""
         result = torch.empty_like(self.x)
@@ -119,6 +200,7 @@ class _Sweep:
                         here = slice(step.start, step.stop)
                         torch.add(self.x[..., here], self._image(output), out=result[..., here])
                 self._drop()
+        self._continue_recorded()
         return result
 
     def vjp(self, gradient: Tensor, parameters: Sequence[Tensor]) -> Gradients:
@@ -174,6 +256,7 @@ class _Sweep:
                 target.copy_(output)
             else:
                 _leaky_relu(output, slope, out=target)
+            self._record(step.layer + 1, step)
             ring.written()
         return output
 

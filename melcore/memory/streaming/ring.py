@@ -79,3 +79,24 @@ class Ring:
                 target.zero_()
             else:
                 target.copy_(self.view(start + source, start + source + 1))
+
+
+class Whole(Ring):
+    """A signal of which every plane is kept, from the forward to the backward.
+
+    Parameters
+    ----------
+    planes
+        What an earlier sweep kept; then nothing is written any more.
+    """
+
+    def __init__(self, planes: Tensor, domain: tuple[int, int], pad: int, dtype: torch.dtype) -> None:
+        self._planes, self._dtype = planes, dtype
+        self._base = domain[0] - pad
+
+    def view(self, start: int, stop: int) -> Tensor:
+        """The planes ``[start, stop)``, in the precision of the computation."""
+        return super().view(start, stop).to(self._dtype)
+
+    def drop(self, start: int) -> None:
+        """Nothing is forgotten."""

@@ -6,7 +6,7 @@ of signal ``i`` can be computed once that of signal ``i + 1`` is ``h`` planes fu
 a time, so that a plane is in memory only while a neighbour still needs it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,9 +40,20 @@ class Wavefront:
         sweep begins and ends early and late enough that the wrapped planes are simply there.
     backward
         Whether gradients are computed in the same sweep; the last layer's output is then not computed.
+    kept
+        Signals that are in memory already as a whole, and need not be computed in the backward.
     """
 
-    def __init__(self, size: int, halos: Sequence[int], chunk: int, *, mode: str = "zeros", backward: bool) -> None:
+    def __init__(
+        self,
+        size: int,
+        halos: Sequence[int],
+        chunk: int,
+        *,
+        mode: str = "zeros",
+        backward: bool,
+        kept: Collection[int] = (),
+    ) -> None:
         self.halos, self.chunk, self.mode, self.backward = tuple(halos), chunk, mode, backward
         self.depth = len(halos)
         margin = sum(halos) if mode == "circular" else 0
@@ -54,7 +65,7 @@ class Wavefront:
         self.pads = [0 if mode == "circular" else halo for halo in halos]
         self.gradient_pads = [halo if mode == "zeros" else 2 * halo for halo in halos]
         self._folds = mode in ("replicate", "reflect")
-        self._signal = [low for low, _ in self.domains]
+        self._signal = [high if backward and i in kept else low for i, (low, high) in enumerate(self.domains)]
         self._upstream = self.domains[-1][0]
         self._weights = [self.domains[layer + 1][0] for layer in range(self.depth)]
         self._gradient = [self.domains[layer][0] for layer in range(self.depth)]
