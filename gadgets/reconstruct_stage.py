@@ -120,7 +120,7 @@ def make_reconstructor(settings: ReconstructSettings) -> "Reconstructor":
     chosen = {"coils": settings.coils, "map_sets": settings.map_sets}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if changes:
-        bundle = reconstructor._bundle
+        bundle = reconstructor.bundle
         trained = reconstructor.preparation or (bundle.preparation if bundle else Preparation())
         reconstructor.preparation = dataclasses.replace(trained, **changes)
     return reconstructor

@@ -76,15 +76,15 @@ class Reconstructor:
     deadline: float | None = None
     fallback: bool = True
     preparation: Preparation | None = None
-    _bundle: Bundle | None = field(init=False, default=None)
+    bundle: Bundle | None = field(init=False, default=None)  #: the model, loaded; None for conventional methods
 
     def __post_init__(self) -> None:
         if isinstance(self.model, str) and self.model == "none":
             self.model = "cg-sense"
         if isinstance(self.model, Bundle):
-            self._bundle = self.model
+            self.bundle = self.model
         elif self.model not in CONVENTIONAL:
-            self._bundle = Bundle.load(self.model)
+            self.bundle = Bundle.load(self.model)
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
         if self.device == "auto":
@@ -93,13 +93,13 @@ class Reconstructor:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"the device {self.device!r} cannot be used here: {error}") from error
-        if self._bundle is not None:
-            self._bundle.model.to(self.device)
+        if self.bundle is not None:
+            self.bundle.model.to(self.device)
 
     @property
     def name(self) -> str:
         """What images are labelled with: the bundle's name and digest, or the method."""
-        return f"{self._bundle.name}@{self._bundle.digest}" if self._bundle else str(self.model)
+        return f"{self.bundle.name}@{self.bundle.digest}" if self.bundle else str(self.model)
 
     def __call__(
         self, k_space: KSpace, coil_maps: CoilMaps | None = None, calibration: KSpace | None = None
@@ -121,18 +121,18 @@ class Reconstructor:
             If the data cannot be used (see `prepare`), or are of another dimensionality than the bundle.
         """
         begin = time.perf_counter()
-        settings = self.preparation or (self._bundle.preparation if self._bundle else Preparation())
-        if self._bundle is not None:
-            _check_dimensions(self._bundle, k_space)
+        settings = self.preparation or (self.bundle.preparation if self.bundle else Preparation())
+        if self.bundle is not None:
+            _check_dimensions(self.bundle, k_space)
         prepared = prepare(k_space, calibration=calibration, coil_maps=coil_maps, settings=settings)
         timings = {"prepare": time.perf_counter() - begin}
         path, warning = "learned", ""
-        if self._bundle is None:
+        if self.bundle is None:
             path = str(self.model)
             image = _conventional(prepared, self.model)
         else:
             try:
-                image = self._learned(self._bundle, prepared, begin)
+                image = self._learned(self.bundle, prepared, begin)
             except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
                 if not self.fallback:
                     raise

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -36,17 +35,12 @@ def exam(tmp_path_factory):
     return path
 
 
-def test_help_is_fast_and_loads_nothing_heavy():
+def test_help_loads_nothing_heavy():
     code = (
         "import sys; from melcore.cli import main; status = main(['--help']);"
         "print(sorted({'torch', 'numpy', 'h5py', 'ismrmrd'} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
     )
-    durations = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     for command in ("info", "maps", "doctor"):
         assert f"\n    {command} " in done.stdout
