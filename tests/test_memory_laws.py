@@ -16,7 +16,7 @@ EXECUTORS: list[tuple[str, dict[str, Any]]] = [
     ("store", {}),
     ("store", {"keep_input": True}),
     ("stream", {"chunk": 1}),
-    ("stream", {"chunk": 3}),
+    ("stream", {"chunk": 3, "hold_physics": False}),
     ("stream", {"chunk": 64, "keep_input": True}),
     ("stream", {"chunk": 4, "states": "slots"}),
     ("store", {"keep_input": True, "states": "host"}),

@@ -32,6 +32,9 @@ class IterationPlan:
     keep_input
         Keep the regulariser's input too (8 bytes a voxel). Otherwise the data consistency before it is recomputed
         first and its intermediate results wait while the network is differentiated.
+    hold_physics
+        Whether those intermediate results wait, 8 bytes a voxel for each step of conjugate gradients; otherwise they
+        are dropped, and computed once more after the network. Without effect where the input is kept.
     kept_layers
         For ``keep``: how many layers keep their activations, the last ones first; None is all of them.
     precision
@@ -44,6 +47,7 @@ class IterationPlan:
     executor: Executor = "plain"
     chunk: int = 16
     keep_input: bool = False
+    hold_physics: bool = True
     kept_layers: int | None = None
     precision: Precision = "full"
     states: States = "device"

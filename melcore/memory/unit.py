@@ -185,10 +185,14 @@ def _separately(
         x, *kept = kept
         if gradients[0] is not None:
             network = executor.vjp(regulariser, x, gradients[0], kept, learned)
+    elif not unit.plan.hold_physics and gradients[0] is not None:
+        with torch.no_grad():
+            x = unit.physics(inputs, encoding)[0]
+        network = executor.vjp(regulariser, x, gradients[0], kept, learned)
+        del x
     with torch.enable_grad():
-        outputs = unit.physics(inputs, encoding)
-    x, carry = outputs
-    if not unit.plan.keep_input and gradients[0] is not None:
+        x, carry = unit.physics(inputs, encoding)
+    if unit.plan.hold_physics and not unit.plan.keep_input and gradients[0] is not None:
         network = executor.vjp(regulariser, x.detach(), gradients[0], kept, learned)
     physical = [stand_ins[id(parameter)] for parameter in unit.physical]
     found = _grad((x, *carry), [*leaves, *physical], (network[0], *gradients[1:]))

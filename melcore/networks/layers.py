@@ -79,8 +79,8 @@ class LocalLayer(nn.Module):
         raise NotImplementedError
 
     def activate(self, features: Tensor) -> Tensor:
-        """Apply the pointwise activation."""
-        return features if self.slope == 1 else F.leaky_relu(features, self.slope)
+        """Apply the pointwise activation, in place where its output tells the sign of its input."""
+        return features if self.slope == 1 else F.leaky_relu(features, self.slope, inplace=self.slope >= 0)
 
     def extra_repr(self) -> str:
         """Channels, kernel and activation."""
@@ -126,21 +126,23 @@ class SpatialConvolution(LocalLayer):
         """As `LocalLayer.forward`; symmetric zero padding is left to the convolution, for its fast kernels."""
         if self.padding != "zeros":
             return super().forward(features)
-        return self.activate(self._convolve(features, self.halo[1:]))
+        return self._convolve(features, self.halo[1:], activated=True)
 
     def convolve(self, padded: Tensor) -> Tensor:
         """See `LocalLayer.convolve`."""
-        return self._convolve(padded, (0, 0, 0))
+        return self._convolve(padded, (0, 0, 0), activated=False)
 
-    def _convolve(self, features: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def _convolve(self, features: Tensor, padding: tuple[int, ...], *, activated: bool) -> Tensor:
         batch, time, channels, z, y, x = features.shape
         folded = features.reshape(batch * time, channels, z, y, x)
         if self.kernel[1] == 1:  # one slice after another; most often there is one
             folded = folded.transpose(1, 2).reshape(batch * time * z, channels, y, x)
             result = F.conv2d(folded, self.weight[:, :, 0, 0], self.bias, padding=padding[1:])
+            result = self.activate(result) if activated else result
             result = result.view(batch, time, z, -1, *result.shape[2:])
             return result.transpose(2, 3)
         result = F.conv3d(folded, self.weight[:, :, 0], self.bias, padding=padding)
+        result = self.activate(result) if activated else result
         return result.view(batch, time, -1, *result.shape[2:])
 
 

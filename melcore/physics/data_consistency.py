@@ -161,11 +161,12 @@ class _Truncated(torch.autograd.Function):
             to_direction += to_curvature * applied
             to_applied = to_curvature * direction
             to_applied -= step * to_residual
-            del applied
-            to_direction += ctx.normal(to_applied)
+            after = residual
+            del applied, residual
             to_mu = to_mu + _dot(to_applied, direction)
             to_direction += mu * to_applied
-            after = residual
+            to_direction += ctx.normal(to_applied)
+            del to_applied
         to_residual += to_direction
         if count:
             to_residual += 2 * to_energy * after

@@ -4,6 +4,8 @@ Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magn Reson Med 42:9
 SENSE: Uecker et al., ESPIRiT, Magn Reson Med 71:990 (2014).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from melcore.physics.fourier import centring_phase
 from melcore.physics.operator import LinearOperator
 
 _SPACE = (-3, -2, -1)
+_SLAB = 1 << 22  # samples of the coil images of a slab: large enough for a device to be busy, small beside a volume
 
 
 class Sense(LinearOperator):
@@ -20,7 +23,8 @@ class Sense(LinearOperator):
 
     ``forward(x)[coil] = mask * fft(sum over sets of coil_maps[set, coil] * x[set])``. A matrix of one sample along z,
     or along z and y, makes it the 2D or 1D operator. Coils are processed in groups, so that no more than one group
-    exists in image space at a time; the group size changes memory, not results.
+    exists in image space at a time; the group size changes memory, not results. Where the mask does not depend on the
+    readout position, the normal operator decouples along the readout and works in slabs.
 
     Parameters
     ----------
@@ -59,25 +63,23 @@ class Sense(LinearOperator):
             coil_maps = coil_maps * ramp
         self._axes = [axis for axis in _SPACE if matrix[axis] > 1]
         self.register_buffer("coil_maps", coil_maps, persistent=False)
-        self.register_buffer("mask", mask.to(coil_maps.real.dtype), persistent=False)
+        self.register_buffer("mask", _without_readout(mask).to(coil_maps.real.dtype), persistent=False)
 
     def _coils(self) -> list[slice]:
         coils = self.codomain[1]
         return [slice(start, min(start + self.coil_batch, coils)) for start in range(0, coils, self.coil_batch)]
 
-    def _encode(self, x: Tensor, group: slice) -> Tensor:
+    def _encode(self, x: Tensor, maps: Tensor, axes: Sequence[int]) -> Tensor:
         """Coil images of a group of coils, transformed; still without the outer phase ramps and the mask."""
-        maps = self.coil_maps[:, :, group]
         coil_images = maps[:, 0] * x[:, :1]
         for index in range(1, self.domain[1]):
             coil_images = torch.addcmul(coil_images, maps[:, index], x[:, index : index + 1])
-        return torch.fft.fftn(coil_images, dim=self._axes, norm="ortho") if self._axes else coil_images
+        return torch.fft.fftn(coil_images, dim=axes, norm="ortho") if axes else coil_images
 
-    def _combine(self, k_space: Tensor, group: slice) -> Tensor:
+    def _combine(self, k_space: Tensor, maps: Tensor, axes: Sequence[int]) -> Tensor:
         """Adjoint of `_encode`."""
-        images = torch.fft.ifftn(k_space, dim=self._axes, norm="ortho") if self._axes else k_space
-        maps = self.coil_maps[:, :, group].conj()
-        return torch.stack([(maps[:, index] * images).sum(1) for index in range(self.domain[1])], dim=1)
+        images = torch.fft.ifftn(k_space, dim=axes, norm="ortho") if axes else k_space
+        return torch.stack([(maps[:, index].conj() * images).sum(1) for index in range(self.domain[1])], dim=1)
 
     def _outer(self, k_space: Tensor, conjugate: bool) -> Tensor:
         k_space = k_space * self.mask
@@ -86,17 +88,37 @@ class Sense(LinearOperator):
         return k_space
 
     def _forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._outer(self._encode(x, group), conjugate=False) for group in self._coils()], dim=1)
+        groups = [self.coil_maps[:, :, group] for group in self._coils()]
+        return torch.cat([self._outer(self._encode(x, maps, self._axes), conjugate=False) for maps in groups], dim=1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         image = y.new_zeros(self.domain)
         for group in self._coils():
-            image += self._combine(self._outer(y[:, group], conjugate=True), group)
+            k_space = self._outer(y[:, group], conjugate=True)
+            image += self._combine(k_space, self.coil_maps[:, :, group], self._axes)
         return image
 
     def _normal(self, x: Tensor) -> Tensor:
         weight = self.mask.square()
         image = x.new_zeros(self.domain)
+        axes, slabs = self._axes, [slice(None)]
+        if self.mask.shape[-1] == 1:
+            # The readout is fully sampled: its transform and the inverse cancel, and what remains acts on every
+            # readout position by itself. So the volume is treated in slabs, and the coil images never exist as a whole.
+            axes = [axis for axis in axes if axis != -1]
+            plane = self.coil_batch * x[:, 0, ..., 0].numel()
+            width = max(1, _SLAB // plane)
+            slabs = [slice(start, start + width) for start in range(0, x.shape[-1], width)]
         for group in self._coils():
-            image += self._combine(self._encode(x, group).mul_(weight), group)
+            for slab in slabs:
+                maps = self.coil_maps[:, :, group, ..., slab]
+                k_space = self._encode(x[..., slab], maps, axes).mul_(weight)
+                image[..., slab] += self._combine(k_space, maps, axes)
         return image
+
+
+def _without_readout(mask: Tensor) -> Tensor:
+    """The mask with one sample along a readout on which it does not depend."""
+    if mask.shape[-1] == 1 or isinstance(mask, torch._subclasses.FakeTensor):
+        return mask
+    return mask[..., :1] if bool((mask == mask[..., :1]).all()) else mask
