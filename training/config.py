@@ -97,6 +97,7 @@ class LossSettings(Settings):
     l1: Annotated[float, Field(ge=0)] = 1.0
     l2: Annotated[float, Field(ge=0)] = 0.0
     ssim: Annotated[float, Field(ge=0)] = 0.0
+    relative_to_start: bool = False  #: divide by the start image's loss: easy examples then weigh as much as hard ones
 
 
 class OptimiserSettings(Settings):

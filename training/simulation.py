@@ -52,9 +52,9 @@ def simulate(settings: DataSettings, rng: np.random.Generator) -> Scan:
     zoom = rng.uniform(*settings.zoom)
     whole = tuple(size if size == 1 else round(size * zoom) for size in matrix)
     image = _anatomy(whole, frames, rng)
-    maps = _maps(whole, coils, rng)
-    window = [_window(rng, large, small) for large, small in zip(whole, matrix, strict=True)]
-    image, maps = image[:, *window], maps[:, *window]
+    # The coils surround the window: those of the whole head would hardly encode so small a field of view.
+    maps = coil_maps(matrix, coils, seed=_seed(rng))
+    image = image[:, *(_window(rng, large, small) for large, small in zip(whole, matrix, strict=True))]
 
     mask = draw_mask(settings.masks, matrix, frames, rng)
     covariance = random_noise_covariance(coils, rng.uniform(0, settings.correlation), seed=_seed(rng))
@@ -114,12 +114,6 @@ def _anatomy(shape: tuple[int, ...], frames: int, rng: np.random.Generator) -> T
     if frames > 1:
         return random_cine((frames, z, y, x), seed=_seed(rng))
     return random_anatomy((z, y, x), seed=_seed(rng))[None]
-
-
-def _maps(shape: tuple[int, ...], coils: int, rng: np.random.Generator) -> Tensor:
-    """Sensitivities ``(coil, z, y, x)``."""
-    z, y, x = shape
-    return coil_maps((z, y, x), coils, seed=_seed(rng))
 
 
 def _whole(rng: np.random.Generator, span: tuple[int, int]) -> int:

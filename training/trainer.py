@@ -225,7 +225,10 @@ class Trainer:
     def _loss(self, example: Example, factor: complex) -> Tensor:
         prepared = example.prepared
         image = self.model(prepared.k_space.data * factor, prepared.operator(), initial=prepared.initial * factor)
-        return self.loss(image, example.truth * factor, example.support)
+        loss = self.loss(image, example.truth * factor, example.support)
+        if self.config.loss.relative_to_start:
+            loss = loss / self.loss(prepared.initial, example.truth, example.support)
+        return loss
 
     def validate(self) -> Metrics:
         """Judge the model on the held-out examples, beside the conventional methods."""
