@@ -69,13 +69,20 @@ def data_consistency(
     return _Implicit.apply(adjoint_data, z, mu, normal, max_iterations, relative_tolerance)
 
 
+_PIECE = 1 << 22  # numbers; a product of whole volumes would be one more volume
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Real inner product of each batch element, shaped to broadcast against the arguments."""
-    axes = tuple(range(1, a.ndim))
-    if not a.is_complex():
-        return (a * b).sum(dim=axes, keepdim=True)
-    product = torch.view_as_real(a) * torch.view_as_real(b)
-    return product.sum(dim=(*axes, a.ndim), keepdim=True).squeeze(-1)
+    """Real inner product of each batch element, shaped to broadcast; large ones are summed in pieces."""
+    flat = [(torch.view_as_real(c.contiguous()) if c.is_complex() else c).flatten(1) for c in (a, b)]
+    pieces = zip(*(c.split(_PIECE, dim=1) for c in flat), strict=True)
+    total = torch.stack([(c * d).sum(dim=1) for c, d in pieces]).sum(dim=0)
+    return total.view(-1, *[1] * (a.ndim - 1))
+
+
+def _add(target: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    """``target += factor * addend`` without a temporary; the factor is a real number for each batch element."""
+    return target.addcmul_(addend, factor.to(addend.dtype))
 
 
 def _refuse_second_derivative() -> None:
@@ -109,19 +116,19 @@ class _Truncated(torch.autograd.Function):
             if tolerance > 0 and not bool(active.any()):
                 break
             applied = normal(direction)
-            applied += mu * direction
+            _add(applied, mu, direction)
             # Elements of the batch that are done take steps of length zero; the divisor 1 keeps them finite.
             curvature = torch.where(active, _dot(direction, applied), 1.0)
             step = torch.where(active, energy, 0.0) / curvature
-            x += step * direction
-            residual -= step * applied
+            _add(x, step, direction)
+            _add(residual, -step, applied)
             del applied
             new_energy = _dot(residual, residual)
             ratio = new_energy / torch.where(energy > 0, energy, 1.0)
             if record:
                 directions.append(direction)
                 scalars += [step, ratio, curvature, energy, active]
-                direction = residual + ratio * direction
+                direction = torch.addcmul(residual, direction, ratio.to(direction.dtype))
             else:
                 direction.mul_(ratio).add_(residual)
             energy = new_energy
@@ -143,8 +150,11 @@ class _Truncated(torch.autograd.Function):
         to_mu = torch.zeros_like(to_energy)
         for index in range(count - 1, -1, -1):
             direction, (step, ratio, curvature, energy, active) = directions[index], rows[index]
-            residual = direction if index == 0 else direction - rows[index - 1][1] * directions[index - 1]
-            applied = (residual - after) * torch.where(active, 1 / torch.where(active, step, 1.0), 0.0)
+            residual = direction
+            if index > 0:
+                factor = -rows[index - 1][1].to(direction.dtype)
+                residual = torch.addcmul(direction, directions[index - 1], factor)
+            applied = (residual - after).mul_(torch.where(active, 1 / torch.where(active, step, 1.0), 0.0))
             earlier_energy = torch.zeros_like(energy)
             if index < count - 1:
                 to_ratio = _dot(to_direction, direction)
@@ -153,24 +163,25 @@ class _Truncated(torch.autograd.Function):
                 safe = torch.where(energy > 0, energy, 1.0)
                 to_energy = to_energy + to_ratio / safe
                 earlier_energy = torch.where(energy > 0, -to_ratio * ratio / safe, 0.0)
-            to_residual += 2 * to_energy * after
+            _add(to_residual, 2 * to_energy, after)
             to_step = torch.where(active, _dot(gradient, direction) - _dot(to_residual, applied), 0.0)
-            to_direction += step * gradient
+            _add(to_direction, step, gradient)
             to_energy = earlier_energy + to_step / curvature
             to_curvature = -to_step * step / curvature
-            to_direction += to_curvature * applied
+            _add(to_direction, to_curvature, applied)
             to_applied = to_curvature * direction
-            to_applied -= step * to_residual
+            _add(to_applied, -step, to_residual)
             after = residual
             del applied, residual
             to_mu = to_mu + _dot(to_applied, direction)
-            to_direction += mu * to_applied
+            _add(to_direction, mu, to_applied)
             to_direction += ctx.normal(to_applied)
             del to_applied
         to_residual += to_direction
         if count:
-            to_residual += 2 * to_energy * after
-        to_z = gradient - ctx.normal(to_residual)
+            _add(to_residual, 2 * to_energy, after)
+        del to_direction, after
+        to_z = ctx.normal(to_residual).neg_().add_(gradient)
         return to_residual, to_z, to_mu.sum().reshape(mu.shape).to(mu.dtype), None, None, None
 
 

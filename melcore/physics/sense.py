@@ -18,13 +18,26 @@ _SPACE = (-3, -2, -1)
 _SLAB = 1 << 22  # samples of the coil images of a slab: large enough for a device to be busy, small beside a volume
 
 
+def expand_coils(x: Tensor, maps: Tensor) -> Tensor:
+    """Images ``(batch, set, ...)`` to those that coils see, ``(batch, coil, ...)``, by ``(batch, set, coil, ...)``."""
+    coil_images = maps[:, 0] * x[:, :1]
+    for index in range(1, maps.shape[1]):
+        coil_images = torch.addcmul(coil_images, maps[:, index], x[:, index : index + 1])
+    return coil_images
+
+
+def combine_coils(coil_images: Tensor, maps: Tensor) -> Tensor:
+    """Adjoint of `expand_coils`."""
+    return torch.stack([(maps[:, index].conj() * coil_images).sum(1) for index in range(maps.shape[1])], dim=1)
+
+
 class Sense(LinearOperator):
     """Image ``(batch, set, time, z, y, x)`` to k-space ``(batch, coil, time, z, y, x)``.
 
     ``forward(x)[coil] = mask * fft(sum over sets of coil_maps[set, coil] * x[set])``. A matrix of one sample along z,
     or along z and y, makes it the 2D or 1D operator. Coils are processed in groups, so that no more than one group
-    exists in image space at a time; the group size changes memory, not results. Where the mask does not depend on the
-    readout position, the normal operator decouples along the readout and works in slabs.
+    exists in image space at a time, and frames likewise; the group sizes change memory, not results. Where the mask
+    does not depend on the readout position, the normal operator decouples along the readout and works in slabs.
 
     Parameters
     ----------
@@ -37,13 +50,21 @@ class Sense(LinearOperator):
         Frames; needed where neither the mask nor the maps show them.
     coil_batch
         Coils processed together; all by default.
+    time_batch
+        Frames processed together; all by default.
     """
 
     coil_maps: Tensor
     mask: Tensor
 
     def __init__(
-        self, coil_maps: Tensor, mask: Tensor, *, time: int | None = None, coil_batch: int | None = None
+        self,
+        coil_maps: Tensor,
+        mask: Tensor,
+        *,
+        time: int | None = None,
+        coil_batch: int | None = None,
+        time_batch: int | None = None,
     ) -> None:
         layout.check_axes(tuple(coil_maps.shape), layout.COIL_MAPS_AXES, "coil maps")
         layout.check_axes(tuple(mask.shape), layout.K_SPACE_AXES, "the sampling mask")
@@ -56,7 +77,7 @@ class Sense(LinearOperator):
                 f"with these maps and {frames} frames the mask must broadcast to {expected}."
             )
         super().__init__((batch, sets, frames, *matrix), (batch, coils, frames, *matrix))
-        self.coil_batch = coil_batch or coils
+        self.coil_batch, self.time_batch = coil_batch or coils, time_batch or frames
         # The phase ramps that centre the Fourier transform are folded in: the inner ones live in the maps, the outer
         # ones in `_outer`; in the normal operator the outer ones cancel, which leaves plain transforms.
         for ramp in centring_phase(coil_maps.shape, _SPACE, like=coil_maps):
@@ -66,55 +87,74 @@ class Sense(LinearOperator):
         self.register_buffer("mask", _without_readout(mask).to(coil_maps.real.dtype), persistent=False)
 
     def _coils(self) -> list[slice]:
-        coils = self.codomain[1]
-        return [slice(start, min(start + self.coil_batch, coils)) for start in range(0, coils, self.coil_batch)]
+        return _groups(self.codomain[1], self.coil_batch)
+
+    def _frames(self) -> list[slice]:
+        return _groups(self.codomain[2], self.time_batch)
+
+    def _of(self, coils: slice, frames: slice) -> tuple[Tensor, Tensor]:
+        """Maps and mask of a group of coils and frames."""
+        maps = self.coil_maps[:, :, coils]
+        maps = maps[:, :, :, frames] if maps.shape[3] > 1 else maps
+        return maps, self.mask[:, :, frames] if self.mask.shape[2] > 1 else self.mask
 
     def _encode(self, x: Tensor, maps: Tensor, axes: Sequence[int]) -> Tensor:
         """Coil images of a group of coils, transformed; still without the outer phase ramps and the mask."""
-        coil_images = maps[:, 0] * x[:, :1]
-        for index in range(1, self.domain[1]):
-            coil_images = torch.addcmul(coil_images, maps[:, index], x[:, index : index + 1])
+        coil_images = expand_coils(x, maps)
         return torch.fft.fftn(coil_images, dim=axes, norm="ortho") if axes else coil_images
 
     def _combine(self, k_space: Tensor, maps: Tensor, axes: Sequence[int]) -> Tensor:
         """Adjoint of `_encode`."""
         images = torch.fft.ifftn(k_space, dim=axes, norm="ortho") if axes else k_space
-        return torch.stack([(maps[:, index].conj() * images).sum(1) for index in range(self.domain[1])], dim=1)
+        return combine_coils(images, maps)
 
-    def _outer(self, k_space: Tensor, conjugate: bool) -> Tensor:
-        k_space = k_space * self.mask
+    def _outer(self, k_space: Tensor, mask: Tensor, conjugate: bool) -> Tensor:
+        k_space = k_space * mask
         for ramp in centring_phase(k_space.shape, _SPACE, like=k_space, conjugate=conjugate):
             k_space = k_space.mul_(ramp)
         return k_space
 
     def _forward(self, x: Tensor) -> Tensor:
-        groups = [self.coil_maps[:, :, group] for group in self._coils()]
-        return torch.cat([self._outer(self._encode(x, maps, self._axes), conjugate=False) for maps in groups], dim=1)
+        groups = []
+        for coils in self._coils():
+            parts = []
+            for frames in self._frames():
+                maps, mask = self._of(coils, frames)
+                parts.append(self._outer(self._encode(x[:, :, frames], maps, self._axes), mask, conjugate=False))
+            groups.append(torch.cat(parts, dim=2))
+        return torch.cat(groups, dim=1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         image = y.new_zeros(self.domain)
-        for group in self._coils():
-            k_space = self._outer(y[:, group], conjugate=True)
-            image += self._combine(k_space, self.coil_maps[:, :, group], self._axes)
+        for coils in self._coils():
+            for frames in self._frames():
+                maps, mask = self._of(coils, frames)
+                k_space = self._outer(y[:, coils, frames], mask, conjugate=True)
+                image[:, :, frames] += self._combine(k_space, maps, self._axes)
         return image
 
     def _normal(self, x: Tensor) -> Tensor:
-        weight = self.mask.square()
         image = x.new_zeros(self.domain)
         axes, slabs = self._axes, [slice(None)]
         if self.mask.shape[-1] == 1:
             # The readout is fully sampled: its transform and the inverse cancel, and what remains acts on every
             # readout position by itself. So the volume is treated in slabs, and the coil images never exist as a whole.
             axes = [axis for axis in axes if axis != -1]
-            plane = self.coil_batch * x[:, 0, ..., 0].numel()
+            plane = self.coil_batch * x[:, 0, : self.time_batch, ..., 0].numel()
             width = max(1, _SLAB // plane)
             slabs = [slice(start, start + width) for start in range(0, x.shape[-1], width)]
-        for group in self._coils():
-            for slab in slabs:
-                maps = self.coil_maps[:, :, group, ..., slab]
-                k_space = self._encode(x[..., slab], maps, axes).mul_(weight)
-                image[..., slab] += self._combine(k_space, maps, axes)
+        for coils in self._coils():
+            for frames in self._frames():
+                maps, mask = self._of(coils, frames)
+                weight = mask.square()
+                for slab in slabs:
+                    k_space = self._encode(x[:, :, frames, ..., slab], maps[..., slab], axes).mul_(weight)
+                    image[:, :, frames, ..., slab] += self._combine(k_space, maps[..., slab], axes)
         return image
+
+
+def _groups(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _without_readout(mask: Tensor) -> Tensor:
