@@ -28,7 +28,7 @@ class Meter(TorchDispatchMode):
     device_type
         Only storages on devices of this type count.
     live, peak
-        Bytes now, and at most since `restart`.
+        Bytes now, and at most since `restart`, of what was allocated under the meter or given to `hold`.
     convolution
         Floating-point operations of convolutions and matrix products.
     fourier
@@ -59,6 +59,9 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             # A loop that asks whether to go on goes on: predictions are for the longest run.
             return True if args[0].dtype == torch.bool else 1
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, new=False)
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet in flop_registry:
@@ -70,14 +73,15 @@ class Meter(TorchDispatchMode):
                 self._count(leaf)
         return result
 
-    def _count(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor, *, new: bool = True) -> None:
+        """Note a storage; one that was there before the meter has no size for it."""
         if tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() if new else 0
         self._seen[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)
