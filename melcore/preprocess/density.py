@@ -25,7 +25,7 @@ class Density:
     iterations
         Steps taken.
     deviation
-        How far the weighted samples, convolved, are from 1, in the weighted root mean square.
+        How far the weighted samples, convolved, are from 1, as root mean square over the samples.
     converged
         Whether the deviation reached the tolerance.
     """
@@ -37,7 +37,7 @@ class Density:
 
 
 def density_compensation(
-    trajectory: Tensor, matrix: tuple[int, int, int], *, max_iterations: int = 50, tolerance: float = 0.02
+    trajectory: Tensor, matrix: tuple[int, int, int], *, max_iterations: int = 50, tolerance: float = 0.01
 ) -> Density:
     """Weights such that the weighted samples, convolved with the kernel of the field of view, are 1 at each sample.
 
@@ -62,7 +62,8 @@ def density_compensation(
     # Cycles per (nearly) twice the field of view: the voxels stay where they are.
     scale = torch.tensor([d / s for d, s in zip(double, sizes, strict=True)][::-1][:dims], dtype=torch.float64)
     frames = trajectory.shape[0]
-    fourier = NonUniformFourier((1, 1, frames, *double), trajectory.to(torch.float64) * scale.to(trajectory.device))
+    scaled = trajectory.to(torch.float64) * scale.to(trajectory.device)
+    fourier = NonUniformFourier((1, 1, frames, *double), scaled, accuracy=min(1e-4, tolerance / 10))
     window = torch.ones(double, dtype=torch.float32, device=trajectory.device)
     for axis, size in zip((-3, -2, -1), sizes, strict=True):
         offset = torch.arange(1 - size, size, device=trajectory.device).abs() / size
@@ -75,7 +76,7 @@ def density_compensation(
         sums = gain * fourier(window * fourier.adjoint(weights.to(torch.complex64))).real
         if not bool((sums > 0).all()):
             raise DataError("the density of this trajectory cannot be compensated: the samples' sums are not positive.")
-        deviation = float(((sums - 1).square() * weights).sum().div(weights.sum()).sqrt())
+        deviation = float((sums - 1).square().mean().sqrt())
         if deviation <= tolerance or iterations == max_iterations:
             return Density(weights[0, 0, :, 0], iterations, deviation, deviation <= tolerance)
         weights = weights / sums
