@@ -1,6 +1,7 @@
 """BART: its conventions are ours, and none of its ways of failing looks like a result."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,17 @@ from hypothesis.extra import numpy as hnp
 from melcore import layout
 from melcore.data import KSpace, ScanInfo
 from melcore.errors import ConfigError, DataError, MissingDependencyError, ShapeError, ToolError
-from melcore.io.bart import EmptyOutputError, estimate_coil_maps, read_cfl, run, version, write_cfl
+from melcore.io.bart import (
+    EmptyOutputError,
+    MapSettings,
+    estimate_coil_maps,
+    estimate_maps,
+    read_cfl,
+    run,
+    version,
+    write_cfl,
+)
+from melcore.physics import Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region
 from tests.cases import centred_fft, coil_images, random_complex
 
@@ -435,3 +446,144 @@ def test_odd_sizes_keep_their_centre():
         images = coil_images(3, (1, n, m))
         maps = estimate_coil_maps(k_space_of(images))
         assert unexplained(maps, images) < 0.05
+
+
+# --- coil maps from a reduced grid
+
+
+def principal_reference(k_space: KSpace, size: int) -> torch.Tensor:
+    centre = k_space.data[0, :, 0]
+    for axis in (1, 2, 3):
+        centre = centre.narrow(axis, centre.shape[axis] // 2 - size // 2, size)
+    samples = centre.reshape(len(centre), -1).to(torch.complex128)
+    return torch.linalg.eigh(samples @ samples.mH).eigenvectors[:, -1].to(torch.complex64)
+
+
+@pytest.fixture(scope="module")
+def volume():
+    """Noisy undersampled k-space of a volume, and its true coil images."""
+    images = coil_images(4, (40, 45, 42))
+    full = k_space_of(images + 0.02 * np.abs(images).max() * random_complex(images.shape))
+    y, z = torch.meshgrid(torch.arange(40), torch.arange(45), indexing="ij")
+    mask = ((y + z) % 2 == 0) | (((y - 20).abs() <= 9) & ((z - 22).abs() <= 9))
+    return KSpace(full.data * mask[..., None], mask[None, None, None, ..., None], full.info), images
+
+
+def cg_sense(k_space: KSpace, maps: torch.Tensor) -> torch.Tensor:
+    """Coil images of a regularised SENSE reconstruction."""
+    operator = Sense(maps, k_space.mask)
+    rhs = operator.adjoint(k_space.data)
+    solution = conjugate_gradient(lambda v: operator.normal(v) + 0.01 * v, rhs, max_iterations=8)
+    return (maps[0, :, :, 0] * solution.value[0, :, 0].unsqueeze(1)).sum(0)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_maps_of_a_reduced_grid_reconstruct_as_those_of_the_full_one(volume, sets):
+    k_space, images = volume
+    truth, errors, found = torch.from_numpy(images), {}, {}
+    for grid in ("full", "reduced"):
+        found[grid] = estimate_maps(k_space, MapSettings(sets=sets, grid=grid, calibration_size=16))
+        error = cg_sense(k_space, found[grid].coil_maps.data) - truth
+        errors[grid] = float(error.norm() / truth.norm())
+    assert errors["reduced"] < 1.01 * errors["full"]
+    assert ", interpolated from 32x32x32" in found["reduced"].coil_maps.source
+    assert "interpolated" not in found["full"].coil_maps.source
+    full, reduced = (found[grid].coil_maps.data[0, :, :, 0] for grid in ("full", "reduced"))
+    for one in reduced:
+        norm = one.abs().square().sum(0)
+        assert torch.all((norm == 0) | ((norm - 1).abs() < 1e-4))
+    # The same support, sign and gauge, where the signal decides about them.
+    assert ((full != 0).any(1) == (reduced != 0).any(1)).float().mean() > 0.995
+    strong = truth.abs().square().sum(0) > 0.05 * truth.abs().square().sum(0).max()
+    assert (full[0] - reduced[0])[:, strong].abs().square().sum(0).mean().sqrt() < 0.02
+    eigenvalues = [found[grid].eigenvalues[0, 0, 0][strong] for grid in ("full", "reduced")]
+    torch.testing.assert_close(*eigenvalues, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("grid", ["full", "reduced"])
+def test_the_gauge_is_the_first_principal_component_of_the_calibration_data(volume, grid):
+    k_space, _ = volume
+    maps = estimate_coil_maps(k_space, grid=grid, calibration_size=16).data[0, 0, :, 0]
+    virtual = torch.einsum("c,czyx->zyx", principal_reference(k_space, 16).conj(), maps)
+    virtual = virtual * torch.polar(torch.ones(()), -virtual.sum().angle())
+    clear = virtual.abs() > 0.1
+    assert virtual[clear].angle().abs().max() < 0.05
+
+
+def test_the_default_is_the_reduced_grid_for_one_set_in_three_dimensions(volume):
+    assert "interpolated" in estimate_coil_maps(volume[0], calibration_size=16).source
+    plane = k_space_of(coil_images(4, (1, 64, 70)))
+    assert "interpolated" not in estimate_coil_maps(plane).source
+    assert "interpolated from 1x48x48" in estimate_coil_maps(plane, grid="reduced").source
+    with pytest.raises(ConfigError, match="caldir"):
+        estimate_coil_maps(plane, method="caldir", grid="reduced")
+
+
+def test_eigenvalues_are_what_maps_are_cropped_by():
+    images = coil_images(4, (1, 48, 40))
+    estimate = estimate_maps(k_space_of(images), MapSettings(crop=0.9))
+    values = estimate.eigenvalues
+    assert values.shape == (1, 1, 1, 1, 48, 40)
+    assert torch.equal(values[0, 0, 0] > 0.9, (estimate.coil_maps.data[0, 0, :, 0] != 0).any(0))
+    inside = torch.from_numpy(np.abs(images).sum(0) > 0.3 * np.abs(images).sum(0).max())
+    assert values[0, 0, 0][inside].min() > 0.95
+    assert estimate_maps(k_space_of(images), MapSettings(method="caldir")).eigenvalues is None
+
+
+def test_only_the_calibration_region_is_looked_at():
+    k_space = k_space_of(coil_images(4, (1, 48, 40)), centre_mask((1, 48), (1, 21)))
+    alone = torch.zeros_like(k_space.data)
+    alone[..., 14:35, 8:32] = k_space.data[..., 14:35, 8:32]
+    for method in ("espirit", "caldir"):
+        expected = estimate_coil_maps(k_space, method=method, calibration_size=20).data
+        np.testing.assert_allclose(estimate_coil_maps(alone, method=method, calibration_size=20).data, expected)
+
+
+def test_neighbouring_slices_have_neighbouring_maps():
+    """Each slice has its own principal component; their phases must not jump."""
+    images = coil_images(5, (9, 40, 36)) * np.exp(0.3j)
+    slices = torch.from_numpy(centred_fft(images, (-2, -1))).movedim(1, 0)[:, :, None, None]
+    maps = estimate_coil_maps(slices.contiguous()).data[:, 0, :, 0, 0]
+    both = (maps[1:] != 0).any(1) & (maps[:-1] != 0).any(1)
+    turn = (maps[1:] * maps[:-1].conj()).sum(1)
+    assert turn[both].angle().abs().quantile(0.95) < 0.3
+
+
+# --- the cache
+
+
+def test_the_same_question_is_asked_once(tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    script = f'[ "$1" = version ] || echo "$1" >> {calls}; exec {shutil.which("bart")} "$@"'
+    monkeypatch.setenv("MEL_BART", program(tmp_path / "bart", script))
+    k_space, cache = k_space_of(coil_images(4, (1, 40, 36))), tmp_path / "cache"
+
+    def estimate(**options):
+        return estimate_maps(k_space, MapSettings(**options), cache=cache)
+
+    first, again = estimate(), estimate()
+    assert torch.equal(first.coil_maps.data, again.coil_maps.data)
+    assert torch.equal(first.eigenvalues, again.eigenvalues)
+    assert calls.read_text() == "ecalib\n"
+    cropped = estimate(crop=0.95)  # cropping is ours
+    assert calls.read_text() == "ecalib\n"
+    assert (cropped.coil_maps.data != 0).sum() < (first.coil_maps.data != 0).sum()
+    estimate(kernel=5)
+    assert calls.read_text() == "ecalib\n" * 2
+    for file in cache.iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(estimate().coil_maps.data, first.coil_maps.data)
+    assert torch.equal(estimate().coil_maps.data, first.coil_maps.data)
+    assert calls.read_text() == "ecalib\n" * 3
+    monkeypatch.setenv("MEL_CACHE", str(cache))
+    estimate_coil_maps(k_space)
+    assert calls.read_text() == "ecalib\n" * 3
+    changed = KSpace(k_space.data * (1 + 1e-3 * torch.arange(4).view(1, 4, 1, 1, 1, 1)), k_space.mask, k_space.info)
+    estimate_coil_maps(changed)
+    assert calls.read_text() == "ecalib\n" * 4
+
+
+def test_a_cache_that_cannot_be_made_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache .* cannot be made"):
+        estimate_maps(k_space_of(coil_images(3, (1, 30, 28))), cache=tmp_path / "file" / "cache")
