@@ -219,6 +219,20 @@ class Costs:
             relative_time=self.work(plan) / self.work(plain),
         )
 
+    def published_reversal(self, fixed_point_steps: int = 5) -> tuple[int, float]:
+        """Peak, without margin, and relative time of Wang et al. 2021, which this engine is to be compared with.
+
+        States are not kept but recovered: the data consistency's in closed form, the regulariser's by so many
+        evaluations in a fixed-point iteration. Then the iteration is differentiated as a whole.
+        """
+        plain, physics = IterationPlan(), self.physics
+        network = self.network(plain)
+        graph = physics.kept + network.kept + 3 * self.state
+        peak = self.fixed + graph + max(network.backward, physics.backward - network.kept)
+        evaluations = 2 + fixed_point_steps
+        once = evaluations * network.work + network.backward_work + 3 * physics.work + physics.backward_work
+        return peak, self.count * once / self.work(MemoryPlan((plain,) * self.count))
+
     def bases(self) -> Iterator[MemoryPlan]:
         """Uniform plans, the fastest first as far as is known beforehand."""
         regulariser, count = self.iteration.regulariser, self.count
