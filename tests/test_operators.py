@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from melcore.errors import ShapeError
-from melcore.physics import Sense, fft, ifft
+from melcore.physics import Sense, conjugate_gradient, fft, ifft
+from tests.cases import shared
 from tests.laws import OPERATORS, Case, inner, random, relative, sense
 
 every_operator = pytest.mark.parametrize("case", OPERATORS, ids=str)
@@ -168,3 +169,21 @@ def test_maps_and_mask_that_do_not_fit_are_named() -> None:
         Sense(random((1, 1, 4, 1, 3, 8, 5)), torch.ones(1, 1, 1, 3, 9, 1))
     with pytest.raises(ShapeError, match="7 axes"):
         Sense(random((4, 3, 8, 5)), torch.ones(1, 1, 1, 3, 8, 1))
+
+
+@pytest.mark.parametrize("name", ["FSE", "FLAIR", "GRE"])
+def test_measured_low_field(name: str) -> None:
+    """A head at 0.055 T, one coil, every line: it lies in the middle, unwrapped, and the adjoint is the solution."""
+    io = pytest.importorskip("scipy.io")
+    measured = io.loadmat(shared(f"data/lowfield/fig6A_{name}_kspace.mat"))["kspace"]
+    k_space = torch.from_numpy(measured.transpose(2, 0, 1).copy()).to(torch.complex64)[:, None, None, None]
+    matrix = k_space.shape[3:]
+    operator = Sense(torch.ones(4, 1, 1, 1, *matrix, dtype=torch.complex64), torch.ones(1, 1, 1, 1, 1, 1))
+    image = operator.adjoint(k_space)
+    solution = conjugate_gradient(operator.normal, image, relative_tolerance=1e-5)
+    assert solution.converged
+    assert relative(solution.value, image) < 1e-5
+    magnitude = image.abs().mean((0, 1, 2, 3))
+    y, x = (n // 8 for n in matrix[1:])
+    outside = torch.cat([magnitude[:y].flatten(), magnitude[-y:].flatten(), magnitude[:, :x].flatten()]).mean()
+    assert magnitude[2 * y : -2 * y, 3 * x : -3 * x].mean() > 4 * outside
