@@ -111,12 +111,7 @@ def make_reconstructor(settings: ReconstructSettings) -> "Reconstructor":
     from melcore.reconstruct import Reconstructor
 
     options: dict[str, Any] = {"device": settings.device, "deadline": settings.deadline, "fallback": settings.fallback}
-    if settings.memory is not None:
-        if "memory" in {field.name for field in dataclasses.fields(Reconstructor)}:
-            options["memory"] = settings.memory
-        else:
-            _log.warning("the memory limit is not used: reconstruction has no plans to choose from yet.")
-    reconstructor = Reconstructor(settings.bundle or settings.model, **options)
+    reconstructor = Reconstructor(settings.bundle or settings.model, memory=settings.memory, **options)
     chosen = {"coils": settings.coils, "map_sets": settings.map_sets}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if changes:

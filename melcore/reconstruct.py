@@ -11,10 +11,12 @@ from torch import Tensor
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, Image, KSpace
 from melcore.errors import ConfigError, DataError, MelError
+from melcore.memory import MemoryPlan
 from melcore.physics import LinearOperator
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
 from melcore.quality import acceleration, data_residual, map_support
 from melcore.unrolled import Encoding
+from melcore.unrolled.planning import plan_inference
 
 Conventional = Literal["cg-sense", "adjoint"]
 CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
@@ -62,6 +64,9 @@ class Reconstructor:
         A bundle, the path or name of one, or ``"cg-sense"`` or ``"adjoint"`` (``"none"`` is ``"cg-sense"``).
     device
         ``"auto"`` takes a GPU where there is one.
+    memory
+        Bytes that the network may take on the device, its data included; None sets no limit. A network that would need
+        more is streamed through the volume plane by plane, with the same result.
     deadline
         Seconds after which a learned reconstruction is given up.
     fallback
@@ -73,9 +78,11 @@ class Reconstructor:
 
     model: Bundle | str | Path
     device: str = "auto"
+    memory: int | None = None
     deadline: float | None = None
     fallback: bool = True
     preparation: Preparation | None = None
+    _plans: dict[tuple[int, ...], MemoryPlan] = field(init=False, default_factory=dict)
     bundle: Bundle | None = field(init=False, default=None)  #: the model, loaded; None for conventional methods
 
     def __post_init__(self) -> None:
@@ -161,12 +168,32 @@ class Reconstructor:
                 operator: LinearOperator = part.operator().to(self.device)
                 if self.deadline is not None:
                     operator = _Watched(operator, begin, self.deadline)
+                bundle.model.memory = self._plan(bundle, part)
                 encoding = Encoding(operator, operator.adjoint(part.k_space.data.to(self.device)))
                 images.append(bundle.model.refine(encoding, part.initial.to(self.device)).cpu())
         image = torch.cat(images)
         if not bool(torch.isfinite(torch.view_as_real(image)).all()):
             raise DataError("the network's image is not finite")
         return image
+
+    def _plan(self, bundle: Bundle, part: Prepared) -> MemoryPlan | None:
+        """How the network is executed for one element; found once for each shape of data."""
+        if self.memory is None:
+            return None
+        _, coils, frames, *matrix = part.k_space.data.shape
+        key = (coils, frames, *matrix)
+        if key not in self._plans:
+            z, y, x = matrix
+            self._plans[key] = plan_inference(
+                bundle.model,
+                (z, y, x),
+                coils,
+                self.memory,
+                time=frames,
+                sets=part.coil_maps.data.shape[1],
+                sampled_readout=part.k_space.mask.shape[-1] == 1,
+            )
+        return self._plans[key]
 
 
 def data_dimensions(k_space: KSpace) -> str:

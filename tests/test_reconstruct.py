@@ -56,12 +56,12 @@ def exam(matrix: tuple[int, int, int] = MATRIX, *, coils: int = 6, frames: int =
     return KSpace(data.to(torch.complex64), mask, info)
 
 
-def bundle(dimensions: int = 2) -> Bundle:
+def bundle(dimensions: int = 2, channels: int = 4) -> Bundle:
     torch.manual_seed(0)
     architecture = {
         "iterations": 2,
         "cg_iterations": 3,
-        "regulariser": {"name": "resnet", "dimensions": dimensions, "channels": 4, "layers": 2},
+        "regulariser": {"name": "resnet", "dimensions": dimensions, "channels": channels, "layers": 2},
     }
     return Bundle(build(architecture), architecture, Preparation(), name="untrained", digest="0123456789abcdef")
 
@@ -179,6 +179,25 @@ class TestFallback:
         a, b = (Reconstructor(made, deadline=deadline)(exam()) for deadline in (None, 1000.0))
         assert b.path_taken == "learned"
         assert torch.equal(a.image.data, b.image.data)
+
+
+class TestMemory:
+    """A limit of memory changes how the network is computed, not what comes out."""
+
+    def test_streams_where_the_whole_does_not_fit(self) -> None:
+        made = bundle(channels=64)
+        free = Reconstructor(made)(exam())
+        assert made.model.memory is None
+        limited = Reconstructor(made, memory=830_000)(exam())
+        assert made.model.memory is not None
+        assert made.model.memory.iterations[0].executor == "stream"
+        assert limited.path_taken == "learned"
+        assert relative(limited.image.data, free.image.data) < 1e-5
+
+    def test_a_limit_that_nothing_fits_gives_a_labelled_image_and_the_least(self) -> None:
+        result = Reconstructor(bundle(), memory=1000)(exam())
+        assert result.path_taken == "cg-sense"
+        assert "the least that would do is" in result.warning
 
 
 class TestBadInput:

@@ -1,16 +1,20 @@
 """Memory plans for a model and a problem, on any machine: nothing is allocated, no device is needed."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from melcore.errors import MemoryBudgetError
 from melcore.memory import MemoryPlan
-from melcore.memory.meter import fake_tensors
-from melcore.memory.planner import FOURIER_COST, MARGIN, Costs, choose
+from melcore.memory.executors import why_not
+from melcore.memory.meter import Meter, fake_tensors
+from melcore.memory.planner import CHUNKS, FOURIER_COST, MARGIN, Costs, choose
 from melcore.physics import Sense
 from melcore.physics.fourier import centring_phase
+from melcore.units import format_bytes
 from melcore.unrolled.iteration import Encoding
 from melcore.unrolled.model import Unrolled
 
@@ -29,6 +33,27 @@ def costs(
     fourier_cost: float = FOURIER_COST,
 ) -> Costs:
     """What the parts of a model cost for a problem; see `plan`. Use it within `melcore.memory.meter.fake_tensors`."""
+    twin, encoding = _fake_problem(model, shape, coils, time, batch, sets, sampled_readout)
+    data = encoding.adjoint_data
+    parameters = sum(p.numel() * p.element_size() for p in twin.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in encoding.operator.buffers())
+    # Beside the operator: its adjoint data, the target, and the result, which whoever trains holds for the metrics.
+    images = 3 * data.numel() * data.element_size()
+    fixed = parameters * (2 + _OPTIMISER_STATES) + buffers + images
+    iterations = twin.iterations
+    return Costs(iterations, encoding, iterations[0].start(data), fixed=fixed, fourier_cost=fourier_cost)
+
+
+def _fake_problem(
+    model: Unrolled,
+    shape: tuple[int, int, int],
+    coils: int,
+    time: int,
+    batch: int,
+    sets: int,
+    sampled_readout: bool,
+) -> tuple[Unrolled, Encoding]:
+    """A twin of the model and a measurement for it, of fake tensors."""
     wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     complex_, real = (torch.complex128, torch.float64) if wide else (torch.complex64, torch.float32)
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -43,14 +68,7 @@ def costs(
     mask = torch.empty((batch, 1, time, z, y, 1 if sampled_readout else x), dtype=real)
     operator = Sense(maps, mask, time=time, coil_batch=None if sampled_readout else 1)
     data = torch.empty(operator.domain, dtype=complex_)
-    encoding = Encoding(operator, data)
-    parameters = sum(p.numel() * p.element_size() for p in twin.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in operator.buffers())
-    # Beside the operator: its adjoint data, the target, and the result, which whoever trains holds for the metrics.
-    images = 3 * data.numel() * data.element_size()
-    fixed = parameters * (2 + _OPTIMISER_STATES) + buffers + images
-    iterations = twin.iterations
-    return Costs(iterations, encoding, iterations[0].start(data), fixed=fixed, fourier_cost=fourier_cost)
+    return twin, Encoding(operator, data)
 
 
 def plan(
@@ -105,6 +123,45 @@ def plan(
             fourier_cost=fourier_cost,
         )
         return choose(measured, budget, host=host, margin=margin)
+
+
+def plan_inference(
+    model: Unrolled,
+    shape: tuple[int, int, int],
+    coils: int,
+    budget: int,
+    *,
+    time: int = 1,
+    sets: int = 1,
+    sampled_readout: bool = True,
+    margin: float = MARGIN,
+) -> MemoryPlan:
+    """The fastest plan for reconstructing one example, without gradients, within `budget` bytes.
+
+    Parameters and errors are those of `plan`. The network is computed whole if that fits, otherwise it is streamed in
+    chunks of planes as large as fit.
+    """
+    least = 0
+    count = len(model.order)
+    candidates = [MemoryPlan.uniform("plain", count)]
+    if why_not("stream", model.iterations[0].regulariser) is None:
+        candidates += [MemoryPlan.uniform("stream", count, chunk=chunk) for chunk in CHUNKS if chunk >= 4]
+    for candidate in candidates:
+        with fake_tensors(), torch.no_grad():
+            twin, encoding = _fake_problem(model, shape, coils, time, 1, sets, sampled_readout)
+            # Every iteration holds the same; the last one stands for all.
+            twin.order, twin.memory = twin.order[-1:], MemoryPlan(candidate.iterations[-1:])
+            with Meter() as meter:
+                meter.hold(*twin.parameters(), *encoding.operator.buffers(), encoding.adjoint_data)
+                twin.refine(encoding, torch.empty_like(encoding.adjoint_data))
+                peak = int(meter.peak * (1 + margin))
+        if peak <= budget:
+            return replace(candidate, predicted_peak_bytes=peak)
+        least = min(least or peak, peak)
+    raise MemoryBudgetError(
+        f"reconstructing {' x '.join(map(str, shape))} (z, y, x) with {coils} coils does not fit "
+        f"{format_bytes(budget)}: the least that would do is {format_bytes(least)}. Allow more, compress the coils, or use another device."
+    )
 
 
 def _make_fake(model: nn.Module) -> None:
