@@ -160,8 +160,8 @@ def plan_inference(
         least = min(least or peak, peak)
     raise MemoryBudgetError(
         f"reconstructing {' x '.join(map(str, shape))} (z, y, x) with {coils} coils does not fit "
-        f"{format_bytes(budget)}: the least that would do is {format_bytes(least)}. Allow more, compress the coils, or use "
-        "another device."
+        f"{format_bytes(budget)}: the least that would do is {format_bytes(least)}. Allow more, compress the coils, or "
+        "use another device."
     )
 
 
