@@ -21,7 +21,7 @@ import training
 from melcore.bundle import Bundle
 from melcore.cli import main
 from melcore.data import CoilMaps, KSpace, ScanInfo
-from melcore.errors import ConfigError, DataError
+from melcore.errors import ConfigError, DataError, MemoryBudgetError
 from melcore.physics import Sense
 from melcore.preprocess.calibration import calibration_region
 from melcore.preprocess.preparation import Preparation, prepare
@@ -341,6 +341,24 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, window: int | None) -
     assert_identical(state_of(whole), state_of(second))
     assert whole.history == second.history
     assert second.seconds > first.seconds
+
+
+def test_a_memory_budget_becomes_a_plan(tmp_path: Path) -> None:
+    examples = [phantom(seed) for seed in range(2)]
+    plain = Trainer(tiny(tmp_path / "a"), examples, examples[:1])
+    enough = Trainer(tiny(tmp_path / "b", memory={"budget": "1GiB"}), examples, examples[:1])
+    assert enough.model.memory.iterations == plain.model.memory.iterations
+    less = f"{0.75 * enough.model.memory.predicted_peak_bytes:.0f}"
+    scarce = Trainer(tiny(tmp_path / "c", memory={"budget": less}), examples, examples[:1])
+    assert {entry.executor for entry in scarce.model.memory.iterations} != {"plain"}
+    plain.train_step()
+    scarce.train_step()
+    for ours, reference in zip(scarce.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-6)
+    with pytest.raises(MemoryBudgetError):
+        Trainer(tiny(tmp_path, memory={"budget": "20KiB"}), examples, examples)
+    with pytest.raises(ConfigError, match="12 apples"):
+        tiny(tmp_path, memory={"budget": "12 apples"})
 
 
 def test_only_the_regulariser_learns_at_first(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from melcore.errors import ConfigError, DataError, unknown
 from melcore.memory import EXECUTORS, MemoryPlan
 from melcore.preprocess.preparation import Preparation
-from melcore.unrolled import build
+from melcore.units import parse_bytes
+from melcore.unrolled import Unrolled, build
+from melcore.unrolled.planning import plan
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -87,7 +89,8 @@ class PreparationSettings(Settings):
 class MemorySettings(Settings):
     """How the iterations are executed; changes memory and time, never results."""
 
-    executor: str = "plain"  #: see `melcore.memory.IterationPlan`
+    budget: str | None = None  #: for example ``12GiB``: the fastest plan for the largest example that fits is chosen
+    executor: str = "plain"  #: without a budget: the same for all iterations, see `melcore.memory.IterationPlan`
     chunk: Positive | None = None  #: planes of a step of ``stream``, or the edge of a box of ``tile``
 
 
@@ -153,8 +156,24 @@ class Config(Settings):
         """The settings of `melcore.preprocess.preparation.prepare`."""
         return Preparation(**self.preparation.model_dump())
 
-    def to_memory_plan(self, iterations: int) -> MemoryPlan:
-        """The plan for `melcore.unrolled.Unrolled`."""
+    def to_memory_plan(self, model: Unrolled) -> MemoryPlan:
+        """The plan for the model and the largest example; `MemoryBudgetError` if the budget is too small for any."""
+        if self.memory.budget is not None:
+            data, window = self.data, self.training.readout_window
+            x = data.x[1] if window is None else min(window, data.x[1])
+            coils = min(data.coils[1], self.preparation.coils or data.coils[1])
+            budget = parse_bytes(self.memory.budget)
+            lines = data.z[1] > 1 or all(kind.kind not in ("poisson", "grid") for kind in data.masks)
+            return plan(
+                model,
+                (data.z[1], data.y[1], x),
+                coils,
+                budget,
+                time=data.frames[1],
+                sets=self.preparation.map_sets,
+                sampled_readout=lines,
+            )
+        iterations = len(model.order)
         options = {} if self.memory.chunk is None else {"chunk": self.memory.chunk}
         return MemoryPlan.uniform(self.memory.executor, iterations, **options)  # type: ignore[arg-type]
 
@@ -215,6 +234,8 @@ def parse(content: Mapping[str, Any], source: str = "the configuration") -> Conf
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{source}: {where}: {first['msg']}, but got {first['input']!r}.") from None
+    if config.memory.budget is not None:
+        parse_bytes(config.memory.budget)
     if config.memory.executor not in EXECUTORS:
         raise unknown("executor", config.memory.executor, EXECUTORS)
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from melcore.errors import ConfigError, DataError, MelError
 from melcore.learning import ReconstructionLoss
+from melcore.memory import retrying
 from melcore.unrolled import Unrolled, build
 from training import checkpoint
 from training.config import Config
@@ -116,7 +117,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.training.tf32
         torch.manual_seed(self.config.training.seed)
         self.model: Unrolled = build(self.config.model).to(self.device)
-        self.model.memory = self.config.to_memory_plan(len(self.model.order))
+        self.model.memory = self.config.to_memory_plan(self.model)
         settings = self.config.optimiser
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
@@ -193,15 +194,8 @@ class Trainer:
         """One step of the optimiser on the examples that are due."""
         settings = self.config.optimiser
         self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
-        total = 0.0
         members = order(self.step, len(self.examples), self.config)
-        for member, index in enumerate(members):
-            generator = torch.Generator().manual_seed((self.config.training.seed * 1_000_003 + self.step) * 64 + member)
-            example = crop(self.examples[index], self.config.training.readout_window, generator).to(self.device)
-            loss = self._loss(example, random_factor(self.config.training.scale_jitter, generator)) / len(members)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        total = retrying(self.model, lambda: self._accumulate(members))
         if self.step < settings.frozen_steps:
             for name, parameter in self.model.named_parameters():
                 if ".regulariser." not in name:
@@ -221,6 +215,18 @@ class Trainer:
             group["lr"] = rate
         self.optimiser.step()
         return {"loss": total, "gradient": norm, "learning_rate": rate}
+
+    def _accumulate(self, members: Sequence[int]) -> float:
+        """Gradients of the mean loss of some examples, and that loss."""
+        self.optimiser.zero_grad(set_to_none=True)
+        total, seed = 0.0, self.config.training.seed * 1_000_003 + self.step
+        for member, index in enumerate(members):
+            generator = torch.Generator().manual_seed(seed * 64 + member)
+            example = crop(self.examples[index], self.config.training.readout_window, generator).to(self.device)
+            loss = self._loss(example, random_factor(self.config.training.scale_jitter, generator)) / len(members)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
     def _loss(self, example: Example, factor: complex) -> Tensor:
         prepared = example.prepared
