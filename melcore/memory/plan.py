@@ -26,7 +26,8 @@ class IterationPlan:
         differentiated one after the other, never both at once. ``keep``: the activations of the network stay in
         memory and are not computed again. ``nested``: layers are computed again one by one, so that few activations
         exist at a time. ``tile``: the volume is processed in boxes with a halo. ``stream``: a wavefront of planes
-        along the readout; exact, without halo work. ``reverse``: the state is recovered from the next one.
+        along the readout; exact, without halo work. ``reverse``: a network of invertible
+        blocks is undone block by block, certified against its known input.
     chunk
         Planes of a step of ``stream``, or the edge of a box of ``tile``.
     keep_input

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from melcore.errors import ConfigError, unknown
-from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.networks import CouplingCNN, Regulariser, ResidualCNN, SpaceTimeCNN, UNet
 from melcore.unrolled.admm import ADMM
 from melcore.unrolled.iteration import Iteration
 from melcore.unrolled.model import Unrolled
@@ -13,7 +13,12 @@ from melcore.unrolled.modl import MoDL
 from melcore.unrolled.proximal_gradient import ProximalGradient
 from melcore.unrolled.varnet import VarNet
 
-REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {"resnet": ResidualCNN, "spacetime": SpaceTimeCNN}
+REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {
+    "coupling": CouplingCNN,
+    "resnet": ResidualCNN,
+    "spacetime": SpaceTimeCNN,
+    "unet": UNet,
+}
 SCHEMES: Mapping[str, Callable[..., Iteration]] = {
     "admm": ADMM,
     "modl": MoDL,

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from melcore.memory.executors import nested, stream, tile
+from melcore.memory.executors import nested, reverse, stream, tile
 from melcore.memory.executors.nested import Nested
+from melcore.memory.executors.reverse import Reverse
 from melcore.memory.executors.stream import Keep, Stream
 from melcore.memory.executors.tile import Tile
 from melcore.memory.executors.whole import Whole
@@ -16,7 +17,13 @@ from melcore.memory.protocols import ExecutorLike
 
 __all__ = ["make", "why_not"]
 
-_REASONS = {"keep": stream.why_not, "nested": nested.why_not, "stream": stream.why_not, "tile": tile.why_not}
+_REASONS = {
+    "keep": stream.why_not,
+    "nested": nested.why_not,
+    "reverse": reverse.why_not,
+    "stream": stream.why_not,
+    "tile": tile.why_not,
+}
 
 
 def why_not(executor: str, regulariser: nn.Module) -> str | None:
@@ -37,6 +44,7 @@ def make(plan: IterationPlan, regulariser: nn.Module) -> ExecutorLike:
 
 _MAKE: dict[str, Callable[[IterationPlan], ExecutorLike]] = {
     "keep": lambda plan: Keep(plan.chunk, plan.kept_layers, torch.bfloat16 if plan.precision == "bfloat16" else None),
+    "reverse": lambda _: Reverse(),
     "store": lambda _: Whole(),
     "nested": lambda _: Nested(),
     "tile": lambda plan: Tile(plan.chunk),
