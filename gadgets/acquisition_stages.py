@@ -17,6 +17,7 @@ from gadgets.messages import (
 )
 from gadgets.settings import Dimension
 from melcore.errors import DataError
+from melcore.io.mrd_header import WHITENED, user_text
 from melcore.io.mrd_types import (
     IS_CALIBRATION,
     IS_CALIBRATION_AND_IMAGING,
@@ -47,7 +48,7 @@ class TriggerSettings:
 def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSettings) -> Iterator[Message]:
     """Whiten by the noise readouts that come before the data, and keep these to itself (NoiseAdjustGadget).
 
-    Without any, readouts pass unchanged, and the header's provenance says so.
+    Without any, readouts pass unchanged, and the header's provenance says so, or how `mel whiten` whitened them before.
 
     Raises
     ------
@@ -70,7 +71,8 @@ def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSetti
             continue
         if not ready:
             ready = True
-            header.provenance["whitening"] = "no noise readouts before the data: not whitened"
+            before = user_text(header.document, WHITENED)
+            header.provenance["whitening"] = before or "no noise readouts before the data: not whitened"
             if noise:
                 samples = torch.from_numpy(np.concatenate([readout.data for readout in _alike(noise)], axis=1))
                 covariance = whitening.noise_covariance(samples, float(noise[0].header["sample_time_us"]) * 1e-6)

@@ -6,6 +6,7 @@ format. The maps are written in BART's format (NAME.cfl and NAME.hdr), or as a n
 
     mel maps exam.h5 --output maps.cfl
     mel maps kspace.cfl --output maps.npy --sets 2
+    mel maps exam.h5 -o maps.cfl --noise noise.h5 --eigenvalues trust.cfl --cache ~/.cache/mel
 """
 
 import argparse
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes a second to import, which `mel maps --help` should not
+    from collections.abc import Callable
+
     import torch
 
     from melcore.data import KSpace
+    from melcore.layout import Array
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,54 +35,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop", type=float, default=0.8, help="maps are 0 where their eigenvalue is below this (default: 0.8)"
     )
+    parser.add_argument(
+        "--grid",
+        choices=("full", "reduced"),
+        help="reduced: estimate on a coarse grid and interpolate (default: reduced for one set in 3D)",
+    )
+    parser.add_argument(
+        "--eigenvalues", type=Path, metavar="FILE", help="also write the eigenvalues, near 1 where maps can be trusted"
+    )
+    parser.add_argument("--noise", type=Path, metavar="NOISE.h5", help="raw file with the noise scan to whiten by")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep BART's answers here for the next time (default: MEL_CACHE, or none)",
+    )
     parser.add_argument("--timeout", type=float, help="give up after so many seconds")
     parser.add_argument("--threads", type=int, default=1, help="threads of BART (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Estimate and write the maps."""
-    import numpy as np
-
     from melcore import layout
     from melcore.errors import ConfigError
-    from melcore.io.atomic import replacing
-    from melcore.io.bart import estimate_coil_maps, write_cfl
+    from melcore.io.bart import MapSettings, estimate_maps
 
-    if arguments.output.suffix not in (".cfl", ".npy"):
-        raise ConfigError(f"--output must end in .cfl or .npy, but is {arguments.output}.")
-    if not arguments.output.parent.is_dir():
-        raise ConfigError(
-            f"--output names the folder {arguments.output.parent}, which does not exist: create it first."
-        )
-    k_space, calibration = _load(arguments.input)
-    maps = estimate_coil_maps(
+    for option, path in (("--output", arguments.output), ("--eigenvalues", arguments.eigenvalues)):
+        if path is None:
+            continue
+        if path.suffix not in (".cfl", ".npy"):
+            raise ConfigError(f"{option} must end in .cfl or .npy, but is {path}.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} names the folder {path.parent}, which does not exist: create it first.")
+    settings = MapSettings(
+        arguments.method, arguments.sets, arguments.kernel, arguments.calibration_size, arguments.crop, arguments.grid
+    )
+    if arguments.eigenvalues is not None and settings.method != "espirit":
+        raise ConfigError(f"{settings.method} has no eigenvalues: leave --eigenvalues out, or use espirit.")
+    k_space, calibration = _load(arguments.input, arguments.noise)
+    estimate = estimate_maps(
         k_space,
+        settings,
         calibration=calibration,
-        method=arguments.method,
-        sets=arguments.sets,
-        kernel=arguments.kernel,
-        calibration_size=arguments.calibration_size,
-        crop=arguments.crop,
         timeout=arguments.timeout,
         threads=arguments.threads,
+        cache=None if arguments.cache is None else arguments.cache.expanduser(),
     )
-    array = maps.data.numpy()
-    if arguments.output.suffix == ".cfl":
-        write_cfl(arguments.output, layout.coil_maps_to_bart(array))
-    else:
-        with replacing(arguments.output) as temporary, temporary.open("wb") as file:
-            np.save(file, array)
-    print(f"{arguments.output}: {' x '.join(map(str, array.shape))} (batch, set, coil, 1, z, y, x), by {maps.source}")
+    maps = estimate.coil_maps
+    _write(arguments.output, maps.data, layout.coil_maps_to_bart)
+    if arguments.eigenvalues is not None and estimate.eigenvalues is not None:
+        _write(arguments.eigenvalues, estimate.eigenvalues, layout.image_to_bart)
+    shape = " x ".join(map(str, maps.data.shape))
+    print(f"{arguments.output}: {shape} (batch, set, coil, 1, z, y, x), by {maps.source}")
 
 
-def _load(path: Path) -> "tuple[torch.Tensor | KSpace, KSpace | None]":
+def _write(path: Path, data: "torch.Tensor", to_bart: "Callable[[Array], Array]") -> None:
+    import numpy as np
+
+    from melcore.io.atomic import replacing
+    from melcore.io.bart import write_cfl
+
+    if path.suffix == ".cfl":
+        write_cfl(path, to_bart(data.numpy()))
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, data.numpy())
+
+
+def _load(path: Path, noise: Path | None) -> "tuple[torch.Tensor | KSpace, KSpace | None]":
     import numpy as np
     import torch
 
     from melcore import layout
+    from melcore.errors import ConfigError
     from melcore.io.bart import read_cfl
     from melcore.io.load import load_k_space
 
     if path.suffix in (".cfl", ".hdr"):
+        if noise is not None:
+            raise ConfigError(
+                f"{path} is in BART's format, which --noise cannot whiten: whiten the raw file (mel whiten)."
+            )
         return torch.from_numpy(np.ascontiguousarray(layout.k_space_from_bart(read_cfl(path)))), None
-    return load_k_space(path)
+    return load_k_space(path, noise=noise)

@@ -12,23 +12,19 @@ import torch
 
 from melcore.data import KSpace, Noise, ScanInfo
 from melcore.errors import MemoryBudgetError
-from melcore.io.mrd import Acquisition, RawFile, has_flag, open_raw, scan_info
-from melcore.io.mrd_types import IS_NOISE
+from melcore.io.mrd import Acquisition, RawFile, open_raw, scan_info
+from melcore.io.noise_scan import whitening_of
 from melcore.io.placement import Booleans, Placement, place
 from melcore.preprocess.oversampling import remove_readout_oversampling
-from melcore.preprocess.whitening import (
-    RELATIVE_BANDWIDTH,
-    NoiseCovariance,
-    noise_covariance,
-    whiten,
-    whitening_matrix,
-)
+from melcore.preprocess.whitening import whiten
 from melcore.units import format_bytes
 
 _BLOCK = 256  # lines that are whitened together
 
 
-def load_k_space(path: str | os.PathLike[str], *, encoding: int = 0) -> tuple[KSpace, KSpace | None]:
+def load_k_space(
+    path: str | os.PathLike[str], *, encoding: int = 0, noise: str | os.PathLike[str] | None = None
+) -> tuple[KSpace, KSpace | None]:
     """Read a Cartesian scan.
 
     Slices become the batch. Whichever of phase, repetition, contrast and set varies becomes time; if several do, the
@@ -41,6 +37,8 @@ def load_k_space(path: str | os.PathLike[str], *, encoding: int = 0) -> tuple[KS
         An ISMRMRD raw file.
     encoding
         Which of the encodings in its header.
+    noise
+        File with a separate noise scan to whiten by, instead of the exam's own.
 
     Returns
     -------
@@ -52,7 +50,8 @@ def load_k_space(path: str | os.PathLike[str], *, encoding: int = 0) -> tuple[KS
     Raises
     ------
     DataError
-        If the file cannot be read, holds NaN, or is not a complete Cartesian scan.
+        If the file cannot be read, holds NaN, or is not a complete Cartesian scan; if the noise scan is not that of
+        its coils.
     MemoryBudgetError
         If the k-space does not fit into memory.
     """
@@ -60,7 +59,8 @@ def load_k_space(path: str | os.PathLike[str], *, encoding: int = 0) -> tuple[KS
         headers = raw.headers()
         info = scan_info(raw.header, encoding)
         placement = place(raw.header, headers, encoding)
-        noise, matrix, whitening = _whitening(raw, headers, placement)
+        whitening = whitening_of(raw, headers, noise)
+        matrix = whitening.matrix
         image = _Grid(placement, placement.imaging, int(headers["active_channels"][placement.first[0]]))
         calibration = _Grid(placement, placement.calibration, image.coils) if placement.calibration.any() else None
         for indices, lines in _blocks(raw, placement):
@@ -76,30 +76,15 @@ def load_k_space(path: str | os.PathLike[str], *, encoding: int = 0) -> tuple[KS
             geometry=tuple(scan_info(raw.header, encoding, headers[index]).geometry[0] for index in placement.first),
             provenance={
                 "source": raw.path.name,
-                "whitening": whitening,
+                "whitening": whitening.words,
                 "readout_oversampling": f"{placement.readout / placement.recon_readout:g} removed",
                 "time": placement.time_counter or "none",
             },
         )
-    return image.k_space(info, noise), None if calibration is None else calibration.k_space(info, noise)
-
-
-def _whitening(
-    raw: RawFile, headers: npt.NDArray[np.void], placement: Placement
-) -> tuple[Noise, torch.Tensor | None, str]:
-    """How the noise was treated, for the record and in words, and the matrix that whitens."""
-    if not placement.noise.any():
-        return Noise(), None, "no noise scan: not whitened"
-    samples = [torch.from_numpy(a.data) for a in raw.acquisitions() if has_flag(a.header, IS_NOISE)]
-    dwell_times = headers["sample_time_us"].astype(float) * 1e-6
-    covariance: NoiseCovariance = noise_covariance(
-        torch.cat(samples, dim=1), float(dwell_times[np.argmax(placement.noise)])
+    return (
+        image.k_space(info, whitening.noise),
+        None if calibration is None else calibration.k_space(info, whitening.noise),
     )
-    system = raw.header.acquisitionSystemInformation
-    bandwidth = getattr(system, "relativeReceiverNoiseBandwidth", None) or RELATIVE_BANDWIDTH
-    matrix = whitening_matrix(covariance, float(dwell_times[np.argmax(placement.imaging)]), bandwidth)
-    noise = Noise(whitened=True, source="scan", condition_number=covariance.condition_number)
-    return noise, matrix, "; ".join(("by the noise scan", *covariance.remarks))
 
 
 def _blocks(raw: RawFile, placement: Placement) -> Iterator[tuple[list[int], npt.NDArray[np.complex64]]]:

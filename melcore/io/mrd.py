@@ -19,6 +19,7 @@ import numpy.typing as npt
 from melcore.errors import DataError
 from melcore.io.atomic import replacing
 from melcore.io.checks import all_finite
+from melcore.io.hdf5_rows import stored_headers
 from melcore.io.mrd_header import parse_header, scan_info
 from melcore.io.mrd_types import (
     ACQUISITION_HEADER,
@@ -50,9 +51,9 @@ __all__ = [
 
 _FLOATS = h5py.vlen_dtype(np.dtype("<f4"))
 _ACQUISITION_ROW = np.dtype([("head", ACQUISITION_HEADER), ("traj", _FLOATS), ("data", _FLOATS)])
-_HEADER_ROW = np.dtype([("head", ACQUISITION_HEADER)])
 _WAVEFORM_ROW = np.dtype([("head", WAVEFORM_HEADER), ("data", h5py.vlen_dtype(np.dtype("<u4")))])
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 8 << 20
+_FIRST = 16  # rows, from which the size of the others is guessed
 
 
 class RawFile:
@@ -90,8 +91,12 @@ class RawFile:
         self._file.close()
 
     def headers(self) -> npt.NDArray[np.void]:
-        """Headers of all acquisitions, without reading any samples."""
-        return self._rows("data", _HEADER_ROW, 0, self.count)["head"]
+        """Headers of all acquisitions; of most files without reading any samples."""
+        found = stored_headers(self._group["data"])
+        if found is None:
+            parts = [rows["head"] for _, rows in self._blocks(1024)]
+            found = np.concatenate(parts).astype(ACQUISITION_HEADER, copy=False)
+        return found
 
     def acquisitions(self, chunk: int = 1024) -> Iterator[Acquisition]:
         """Iterate over the acquisitions in the order of the file.
@@ -106,17 +111,27 @@ class RawFile:
         DataError
             If one is damaged, holds NaN or infinity, or has another number of coils than the imaging ones before it.
         """
-        step = chunk
         coils: tuple[int, int] | None = None
-        start = 0
-        while start < self.count:
-            rows = self._rows("data", _ACQUISITION_ROW, start, min(start + step, self.count))
+        for start, rows in self._blocks(chunk):
             coils = self._check_coils(rows["head"], start, coils)
             for index, row in enumerate(rows, start):
                 yield self._acquisition(row, index)
+
+    def _blocks(self, chunk: int) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
+        """Rows of the table, so many at a time that they stay small, and the number of the first of them."""
+        step, start = min(chunk, _FIRST), 0
+        while start < self.count:
+            rows = self._rows("data", _ACQUISITION_ROW, start, min(start + step, self.count))
+            yield start, rows
             start += len(rows)
             largest = max(rows["data"], key=len).nbytes
             step = max(1, min(chunk, _CHUNK_BYTES // max(largest, 1)))
+
+    def acquisitions_at(self, indices: Iterable[int]) -> Iterator[Acquisition]:
+        """Those of some numbers, which ascend; for a few ones, as a noise scan is. Errors as `acquisitions`."""
+        for index in map(int, indices):
+            (row,) = self._rows("data", _ACQUISITION_ROW, index, index + 1)
+            yield self._acquisition(row, index)
 
     def waveforms(self, chunk: int = 1024) -> Iterator[Waveform]:
         """Iterate over the waveforms (ECG and the like), if there are any."""
@@ -283,7 +298,7 @@ def _write_table(
     group: h5py.Group, name: str, rows: Iterator[tuple[Any, ...]], dtype: np.dtype[Any], *, always: bool
 ) -> None:
     table = None
-    while block := list(islice(rows, 512)):
+    while block := _block(rows):
         array = np.empty(len(block), dtype)
         for index, row in enumerate(block):
             array[index] = row
@@ -293,3 +308,14 @@ def _write_table(
         table[-len(block) :] = array
     if table is None and always:
         group.create_dataset(name, (0,), maxshape=(None,), chunks=(256,), dtype=dtype)
+
+
+def _block(rows: Iterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The next rows, as many as are written at once."""
+    block, size = [], 0
+    for row in islice(rows, 512):
+        block.append(row)
+        size += row[-1].nbytes
+        if size >= _CHUNK_BYTES:
+            break
+    return block

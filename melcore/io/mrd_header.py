@@ -1,12 +1,16 @@
 """ISMRMRD's XML header, and what MEL keeps of it. Millimetres and milliseconds end here."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from melcore.data import Geometry, ScanInfo, Vector
 from melcore.errors import DataError
+
+#: User parameters of a header whose data `mel whiten` has whitened, or `mel compress` compressed; they tell how.
+WHITENED, COMPRESSED = "MEL_whitening", "MEL_compression"
 
 
 def parse_header(xml: str | bytes, source: str = "the header") -> Any:
@@ -103,3 +107,32 @@ def _geometry(field_of_view: Vector, head: np.void | None) -> Geometry:
 def _vector(values: Any) -> Vector:
     x, y, z = (float(value) for value in values)
     return x, y, z
+
+
+def user_text(header: Any, name: str) -> str | None:
+    """Value of a string among the header's user parameters, or None."""
+    parameters = header.userParameters
+    return next((one.value for one in parameters.userParameterString if one.name == name), None) if parameters else None
+
+
+def changed_header(header_xml: str, texts: Mapping[str, str], coils: int | None = None) -> str:
+    """A header with string user parameters set and, if the coils are others now, with their number and no names.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read.
+    """
+    header = parse_header(header_xml.encode())
+    with warnings.catch_warnings():
+        from ismrmrd import xsd
+    if header.userParameters is None:
+        header.userParameters = xsd.userParametersType()
+    others = [one for one in header.userParameters.userParameterString if one.name not in texts]
+    ours = [xsd.userParameterStringType(name=name, value=value) for name, value in texts.items()]
+    header.userParameters.userParameterString = others + ours
+    if coils is not None and header.acquisitionSystemInformation is not None:
+        header.acquisitionSystemInformation.receiverChannels = coils
+        header.acquisitionSystemInformation.coilLabel = []
+    xml = xsd.ToXML(header)
+    return xml if isinstance(xml, str) else xml.decode()
