@@ -66,6 +66,7 @@ class DataSettings(Settings):
     frames: Range = (1, 1)
     zoom: RealRange = (1.0, 1.0)  #: the anatomy is simulated on a matrix so many times larger, and a window kept of it
     coils: Range
+    phase: Annotated[float, Field(ge=0)] = 0.0  #: in rad, local phase beyond the anatomy's smooth one; see `add_phase`
     snr: RealRange  #: of the fully sampled image; see `melcore.simulate.acquisition.scale_to_snr`
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3  #: of the noise of any two coils, at most
     masks: Annotated[list[MaskSettings], Field(min_length=1)]

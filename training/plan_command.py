@@ -31,6 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="examples in one step (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--curve", type=Path, metavar="PNG", help="draw time against memory into this file")
+    _allow_settings_anywhere(parser)
+
+
+def _allow_settings_anywhere(parser: argparse.ArgumentParser) -> None:
+    """Let key=value stand behind options too: argparse alone takes them only right behind CONFIG."""
+    plain = parser.parse_known_args
+
+    def intermixed(*arguments: Any) -> Any:
+        parser.parse_known_args = plain  # type: ignore[method-assign]  # the intermixed parser calls it itself
+        try:
+            return parser.parse_known_intermixed_args(*arguments)
+        finally:
+            parser.parse_known_args = intermixed  # type: ignore[method-assign, assignment]
+
+    parser.parse_known_args = intermixed  # type: ignore[method-assign, assignment]
 
 
 def run(arguments: argparse.Namespace) -> None:
