@@ -21,6 +21,7 @@ from gadgets.messages import (
 )
 from gadgets.settings import Dimension
 from melcore.errors import ConfigError, DataError
+from melcore.io.placement import centre_offset
 
 _KEY = ("average", "slice", "contrast", "phase", "repetition", "set", "segment")
 _NO_AXIS = (Dimension.KSPACE_ENCODE_STEP_1, Dimension.KSPACE_ENCODE_STEP_2, Dimension.SLICE)
@@ -45,10 +46,11 @@ class BufferSettings:
 def bucket_to_buffer(messages: Iterator[Message], header: Header, settings: BufferSettings) -> Iterator[Message]:
     """Sort the readouts of each bucket onto the grid; calibration goes into a second buffer of the same grid.
 
-    Index order is natural, the centre of k-space at ``N // 2``. Two defects of the server's gadget are not copied:
+    Index order is natural, the centre of k-space at ``N // 2``. Three defects of the server's gadget are not copied:
     the axes N and S start at the smallest counter that occurs (there, counters 1..6 leave the first entry empty and
     merge the last two), and the grid always is the encoded matrix (there, without `parallelImaging` it is as large as
-    the range of the counters, and what does not fit is dropped).
+    the range of the counters, and what does not fit is dropped); and lines that come more than once are averaged, which
+    the header's provenance records (there, the last one wins).
 
     Raises
     ------
@@ -81,11 +83,13 @@ def _recon_data(bucket: AcquisitionBucket, header: Header, settings: BufferSetti
                     f"{len(kinds['reference'])} calibration readouts came without any image readout of their slice or "
                     "phase: trigger and N dimension must keep them together."
                 )
-            data = _buffer(kinds["data"], bucket.data_statistics[space], encoding, settings, reference=False)
+            data, repeated = _buffer(kinds["data"], bucket.data_statistics[space], encoding, settings, reference=False)
+            if repeated:
+                header.provenance["lines"] = f"{repeated} lines were acquired more than once and averaged"
             reference = None
             if kinds["reference"]:
                 statistics = bucket.reference_statistics[space]
-                reference = _buffer(kinds["reference"], statistics, encoding, settings, reference=True)
+                reference, _ = _buffer(kinds["reference"], statistics, encoding, settings, reference=True)
             bits.append(ReconBit(data, reference))
         yield ReconData(tuple(bits))
 
@@ -115,7 +119,8 @@ def _buffer(
     settings: BufferSettings,
     *,
     reference: bool,
-) -> ReconBuffer:
+) -> tuple[ReconBuffer, int]:
+    """Sort readouts onto a grid; also says how many lines of it came more than once."""
     if reference and encoding.calibration_mode is None:
         raise DataError(
             "readouts are flagged as calibration, but the header has no parallelImaging: add it to the header."
@@ -136,6 +141,7 @@ def _buffer(
     trajectory = np.zeros((*outer, *sizes[::-1], dimensions), np.float32) if dimensions else None
     sampling = _sampling(encoding, first, statistics, whole=not apart)
     center = int(sampling["limits"]["center"][0])
+    counts = np.zeros((*outer, *sizes[:0:-1]), np.int32)
     for readout in readouts:
         head = readout.header
         counters = head["idx"]
@@ -153,17 +159,22 @@ def _buffer(
         if readout.data.shape[0] != coils:
             raise DataError(f"the coil count changes from {coils} to {readout.data.shape[0]} within the scan.")
         columns, taken = _columns(head, center, sizes[0], cartesian=encoding.cartesian)
-        data[*place, :, line[1], line[0], columns] = readout.data[:, taken]
+        data[*place, :, line[1], line[0], columns] += readout.data[:, taken]
+        counts[*place, line[1], line[0]] += 1
         headers[*place, line[1], line[0]] = head
         if trajectory is not None and readout.trajectory.size:
             trajectory[*place, line[1], line[0], columns] = readout.trajectory[taken]
-    return ReconBuffer(
+    repeated = int(np.count_nonzero(counts > 1))
+    if repeated:
+        data /= np.maximum(counts, 1)[:, :, :, None, :, :, None]
+    buffer = ReconBuffer(
         data.transpose(),
         # [E1, E2, N, S, LOC]
         headers.transpose(),
         sampling,
         None if trajectory is None else trajectory.transpose(),
     )
+    return buffer, repeated
 
 
 def _columns(head: np.void, center: int, size: int, *, cartesian: bool) -> tuple[slice, slice]:
@@ -189,7 +200,7 @@ def _center_offsets(encoding: Encoding) -> tuple[int, int]:
         size = encoding.encoded_matrix[axis + 1]
         limit = encoding.limits.get(f"kspace_encoding_step_{axis + 1}")
         if limit is not None and (axis == 0 or size > 1):
-            offsets[axis] = size // 2 - limit.center
+            offsets[axis] = centre_offset(size, limit.center, f"kspace_encoding_step_{axis + 1}")
     return offsets[0], offsets[1]
 
 

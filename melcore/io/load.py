@@ -79,7 +79,8 @@ def load_k_space(
                 "whitening": whitening.words,
                 "readout_oversampling": f"{placement.readout / placement.recon_readout:g} removed",
                 "time": placement.time_counter or "none",
-            },
+            }
+            | ({"lines": "; ".join(placement.remarks)} if placement.remarks else {}),
         )
     return (
         image.k_space(info, whitening.noise),

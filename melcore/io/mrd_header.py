@@ -36,10 +36,16 @@ def parse_header(xml: str | bytes, source: str = "the header") -> Any:
     with warnings.catch_warnings():  # importing ismrmrd resets the warning filters
         from ismrmrd import xsd
     try:
-        header = xsd.CreateFromDocument(xml)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            header = xsd.CreateFromDocument(xml)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split()).replace("ismrmrdHeader.__init__() ", "")
         raise DataError(f"{source} is not a readable ISMRMRD header: {reason[:300]}") from None
+    # An unknown trajectory is for those to name who need a known one; any other value must be what the standard says.
+    for remark in remarks:
+        if "`encodingType.trajectory`" not in str(remark.message) and "ConverterWarning" in remark.category.__name__:
+            raise DataError(f"{source} is not a readable ISMRMRD header: {' '.join(str(remark.message).split())[:300]}")
     if not header.encoding:
         raise DataError(
             f"{source} has no <encoding>, so that neither matrix nor field of view are known: the file was not "

@@ -52,6 +52,8 @@ class Placement:
         Of the samples of each acquisition, what is not to be discarded.
     recon_readout
         Readout samples without oversampling.
+    remarks
+        What is odd about the lines and how it is treated: some missing, some repeated.
     """
 
     noise: Booleans
@@ -68,6 +70,7 @@ class Placement:
     columns: slice
     kept: slice
     recon_readout: int
+    remarks: tuple[str, ...] = ()
 
     def mask(self, lines: Booleans) -> Booleans:
         """Sampling mask ``(batch, 1, time, z, y, x)`` of some of the acquisitions; x is 1 if it is fully sampled."""
@@ -117,10 +120,10 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
             f"{trajectory}{'' if trajectory != 'cartesian' else ' with readouts in both directions'}."
         )
     limits = space.encodingLimits
-    y = counters["kspace_encode_step_1"].astype(np.intp) + _offset(matrix.y, limits.kspace_encoding_step_1)
+    y = counters["kspace_encode_step_1"].astype(np.intp) + _offset(matrix.y, limits, "kspace_encoding_step_1")
     z = counters["kspace_encode_step_2"].astype(np.intp)
     if matrix.z > 1:
-        z += _offset(matrix.z, limits.kspace_encoding_step_2)
+        z += _offset(matrix.z, limits, "kspace_encoding_step_2")
     outside = usable & ((y < 0) | (y >= matrix.y) | (z < 0) | (z >= matrix.z))
     if outside.any():
         index = int(np.flatnonzero(outside)[0])
@@ -136,6 +139,8 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
     time = np.clip(time - first_time, 0, frames - 1)
     batch, first = _batch(counters, imaging, usable, ("slice", *varying[1:]))
     readout, columns, kept = _readout(headers[usable], matrix.x)
+    counts = np.zeros((len(first), frames, matrix.z, matrix.y), np.intp)
+    np.add.at(counts, (batch[imaging], time[imaging], z[imaging], y[imaging]), 1)
     ratio = space.encodedSpace.fieldOfView_mm.x / max(space.reconSpace.fieldOfView_mm.x, 1e-9)
     return Placement(
         noise=np.asarray(has_flag(headers, IS_NOISE)),
@@ -152,11 +157,47 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
         columns=columns,
         kept=kept,
         recon_readout=int(readout / ratio) if ratio > 1 else readout,
+        remarks=_remarks(space, counts),
     )
 
 
-def _offset(size: int, limit: Any) -> int:
-    return size // 2 - limit.center if limit is not None else 0
+def centre_offset(size: int, centre: int, name: str) -> int:
+    """Position on the grid minus counter, for a counter whose value at the centre of k-space is `centre`.
+
+    Raises
+    ------
+    DataError
+        If that is outside the matrix.
+    """
+    if not 0 <= centre < size:
+        raise DataError(
+            f"the header puts the centre of k-space at {name} = {centre}, outside the encoded matrix of {size}: "
+            "correct its encodingLimits."
+        )
+    return size // 2 - centre
+
+
+def _offset(size: int, limits: Any, name: str) -> int:
+    limit = getattr(limits, name, None)
+    return 0 if limit is None else centre_offset(size, int(limit.center), name)
+
+
+def _remarks(space: Any, counts: Indices) -> tuple[str, ...]:
+    """Compare how often each line was acquired, ``(batch, time, z, y)``, with what the header leads to expect."""
+    remarks = []
+    repeated = int(np.count_nonzero(counts > 1))
+    if repeated:
+        remarks.append(f"{repeated} lines were acquired more than once (up to {counts.max()} times) and averaged")
+    factor = space.parallelImaging.accelerationFactor if space.parallelImaging is not None else None
+    if factor is None or (factor.kspace_encoding_step_1 <= 1 and factor.kspace_encoding_step_2 <= 1):
+        z, y = np.nonzero(counts.any(axis=(0, 1)))
+        box = counts[:, :, z.min() : z.max() + 1, y.min() : y.max() + 1]
+        if missing := int(np.count_nonzero(box == 0)):
+            remarks.append(
+                f"{missing} of {box.size} lines are missing though the header tells of no acceleration: "
+                "taken for not sampled"
+            )
+    return tuple(remarks)
 
 
 def _batch(counters: Any, imaging: Booleans, usable: Booleans, names: tuple[str, ...]) -> tuple[Indices, Indices]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from melcore import layout
+from melcore.physics.fourier import ifft
 
 
 def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -53,3 +54,25 @@ def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -
     if shape is not None:
         region = [n if m == 1 else found for n, m, found in zip(shape[-3:], sampled.shape, region, strict=True)]
     return region[0], region[1], region[2]
+
+
+def signal_within(k_space: torch.Tensor, coil_maps: torch.Tensor, region: tuple[int, int, int]) -> float:
+    """Fraction of the signal that lies where the coil maps are not zero, at the resolution of the calibration region.
+
+    Parameters
+    ----------
+    k_space
+        Complex ``(batch, coil, time, z, y, x)``.
+    coil_maps
+        Complex ``(batch, set, coil, 1, z, y, x)``.
+    region
+        Size ``(z, y, x)`` of the calibration region.
+    """
+    centre, support = k_space, (coil_maps != 0).any(2).any(1)
+    for axis, (size, used) in enumerate(zip(k_space.shape[3:], region, strict=True), -3):
+        centre = centre.narrow(axis, size // 2 - used // 2, used)
+        # A voxel of the small grid is covered if the voxel of the maps in its middle is.
+        positions = ((torch.arange(used) - used // 2) * size / used).round().long() + size // 2
+        support = support.index_select(axis, positions.clamp(0, size - 1).to(support.device))
+    energy = ifft(centre, (-3, -2, -1)).abs().square().sum(1)
+    return float((energy * support).sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))

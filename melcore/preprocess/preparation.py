@@ -13,9 +13,12 @@ from torch import Tensor
 from melcore.data import CoilMaps, KSpace
 from melcore.errors import DataError, ShapeError
 from melcore.physics import Sense, conjugate_gradient
-from melcore.preprocess.calibration import calibration_region
+from melcore.preprocess.calibration import calibration_region, signal_within
 from melcore.preprocess.compression import coil_compression_matrix, compress_coils
 from melcore.preprocess.scaling import image_scale
+
+# Of the signal. Pure noise has about the fraction of the field of view that the maps cover.
+_LEAST_COVERED = 0.2
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Prepared:
         Start image ``(batch, set, time, z, y, x)``, in scaled units.
     retained_energy
         Fraction of the calibration data's energy that coil compression kept.
+    signal_in_maps
+        Fraction of the signal that lies where the coil maps are not zero, at low resolution.
     """
 
     k_space: KSpace
@@ -75,6 +80,7 @@ class Prepared:
     scale: Tensor
     initial: Tensor
     retained_energy: float
+    signal_in_maps: float = 1.0
 
     def operator(self) -> Sense:
         """The encoding operator of these data."""
@@ -104,7 +110,8 @@ def prepare(
     Raises
     ------
     DataError
-        If there is no sample, a sample that is not finite, or no calibration region for the maps.
+        If there is no sample, a sample that is not finite, no calibration region for the maps, or little signal where
+        the maps are not zero.
     ShapeError
         If given maps or calibration data do not fit the k-space.
     """
@@ -126,11 +133,18 @@ def prepare(
             calibration_size=settings.calibration_size,
             crop=settings.map_crop,
         )
-    scale = image_scale(source.data, coil_maps.data, calibration_region(source.mask, source.data.shape))
+    region = calibration_region(source.mask, source.data.shape)
+    scale = image_scale(source.data, coil_maps.data, region)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise DataError(
             "the calibration region holds no signal within the coil maps, so the data cannot be scaled: "
             "check that the centre of k-space lies at index n // 2 of every axis."
+        )
+    covered = signal_within(source.data, coil_maps.data, region)
+    if covered < _LEAST_COVERED:
+        raise DataError(
+            f"the coil maps ({coil_maps.source}) are zero where {100 * (1 - covered):.0f} % of the signal is: they "
+            "have holes, or belong to another exam; estimate them again, with a lower crop."
         )
     k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
     initial = start_image(
@@ -140,7 +154,7 @@ def prepare(
         iterations=settings.start_iterations,
         weight=settings.start_weight,
     )
-    return Prepared(k_space, coil_maps, scale, initial, retained)
+    return Prepared(k_space, coil_maps, scale, initial, retained, covered)
 
 
 def start_image(k_space: KSpace, coil_maps: CoilMaps, *, from_average: bool, iterations: int, weight: float) -> Tensor:
@@ -200,6 +214,8 @@ def _check(k_space: KSpace, calibration: KSpace | None, coil_maps: CoilMaps | No
             f"the calibration data have {calibration.data.shape[1]} coils {tuple(calibration.data.shape)} but the "
             f"k-space has {shape[1]} {shape}: take both from the same coils."
         )
+    if coil_maps is not None and not bool(torch.isfinite(torch.view_as_real(coil_maps.data)).all()):
+        raise DataError(f"the coil maps ({coil_maps.source}) hold NaN or infinity: estimate them again.")
     if coil_maps is not None and coil_maps.data.shape[2] != shape[1]:
         raise ShapeError(
             f"CoilMaps have {coil_maps.data.shape[2]} coils {tuple(coil_maps.data.shape)} but the k-space has "
