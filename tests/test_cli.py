@@ -53,7 +53,7 @@ def test_it_runs_as_a_program_and_as_a_module():
         assert (done.returncode, done.stdout.strip()) == (0, f"mel {melcore.__version__}")
 
 
-@pytest.mark.parametrize("command", ["info", "maps", "doctor"])
+@pytest.mark.parametrize("command", ["compress", "info", "maps", "doctor", "whiten"])
 def test_every_command_has_help_with_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"\n    mel {command}" in capsys.readouterr().out
@@ -168,6 +168,33 @@ def test_maps_from_raw_data(exam, tmp_path, capsys):
     np.testing.assert_allclose(maps.squeeze().transpose(3, 2, 1, 0), array[0, 0, :, 0], atol=1e-4)
     norms = np.linalg.norm(array[0, 0, :, 0], axis=0)
     assert np.all((norms == 0) | (np.abs(norms - 1) < 1e-3))
+
+
+def test_maps_come_with_eigenvalues_and_from_the_cache(exam, tmp_path, monkeypatch):
+    arguments = ["maps", str(exam), "-o", str(tmp_path / "maps.npy"), "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--eigenvalues", str(tmp_path / "trust.npy"), "--crop", "0.7"]) == 0
+    trust, first = np.load(tmp_path / "trust.npy"), np.load(tmp_path / "maps.npy")
+    assert trust.shape == (1, 1, 1, 10, 24, 20)
+    np.testing.assert_array_equal(trust[:, :, 0] > 0.7, (first != 0).any(axis=(2, 3)))
+    monkeypatch.setattr("melcore.io.bart_cache.run", None)  # BART is not asked again
+    assert main([*arguments, "--eigenvalues", str(tmp_path / "trust.cfl"), "--noise", str(exam), "--crop", "0.7"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), first)
+    np.testing.assert_array_equal(read_cfl(tmp_path / "trust").squeeze().T, trust.squeeze())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "caldir", "--eigenvalues", "trust.npy"],
+        ["--method", "caldir", "--grid", "reduced"],
+        ["--eigenvalues", "trust.txt"],
+        ["--noise", "absent.h5"],
+    ],
+)
+def test_maps_whose_options_contradict_each_other_are_not_begun(exam, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["maps", str(exam), "-o", "maps.npy", *options]) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_maps_that_cannot_be_made_leave_no_file(exam, tmp_path, capsys, monkeypatch):
