@@ -27,7 +27,8 @@ from training.data import Example
 from training.validation import cg_sense, judge, learned, zero_filled
 
 CG_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1)
-PICS_WEIGHTS = (0.0015, 0.003, 0.006, 0.012, 0.024)
+CG_ITERATIONS = (3, 5, 8, 12, 20)
+PICS_WEIGHTS = (0.003, 0.006, 0.012, 0.024)
 Best = tuple[str, Tensor, dict[str, float]]
 
 
@@ -49,10 +50,12 @@ def best(candidates: Sequence[tuple[str, Callable[[], Tensor]]], example: Exampl
     return min(tried, key=lambda entry: entry[2]["nrmse_db"])
 
 
-def best_cg_sense(example: Example) -> Best:
-    """CG-SENSE with the best weight, and with the best number of iterations at a negligible weight."""
-    candidates = [(f"weight {w:g}", lambda w=w: cg_sense(example, 40, w)) for w in CG_WEIGHTS]
-    candidates += [(f"{n} iterations", lambda n=n: cg_sense(example, n, 1e-5)) for n in (3, 5, 8, 12, 20)]
+def best_cg_sense(
+    example: Example, weights: Sequence[float] = CG_WEIGHTS, iterations: Sequence[int] = CG_ITERATIONS
+) -> Best:
+    """CG-SENSE with the best weight, or with the best number of iterations at a negligible weight."""
+    candidates = [(f"weight {w:g}", lambda w=w: cg_sense(example, 40, w)) for w in weights]
+    candidates += [(f"{n} iterations", lambda n=n: cg_sense(example, n, 1e-5)) for n in iterations]
     return best(candidates, example)
 
 
@@ -86,11 +89,12 @@ def compare(bundle: Bundle, scan: RealScan) -> tuple[Example, dict[str, Best]]:
             "zero-filled": best([("", lambda: zero_filled(example))], example),
             "CG-SENSE": best_cg_sense(example),
         }
-    space = 7 if example.truth.shape[3] > 1 else 3
-    methods["pics wavelet"] = best_pics(example, [f"W:{space}:0"])
-    methods["pics TV"] = best_pics(example, [f"T:{space}:0"])
     if example.truth.shape[2] > 1:
-        methods["pics temporal TV + wavelet"] = best_pics(example, ["T:1024:0", "W:3:0"], (0.005, 0.01, 0.02, 0.04))
+        methods["pics temporal TV + wavelet"] = best_pics(example, ["T:1024:0", "W:3:0"], (0.01, 0.02, 0.04))
+    else:
+        space = 7 if example.truth.shape[3] > 1 else 3
+        methods["pics wavelet"] = best_pics(example, [f"W:{space}:0"])
+        methods["pics TV"] = best_pics(example, [f"T:{space}:0"])
     methods["learned"] = (bundle.digest, image, judge(image, example))
     return example, methods
 
