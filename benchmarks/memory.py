@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -253,17 +252,19 @@ def bart() -> list[dict[str, Any]]:
                         "iterations": count,
                         "method": f"bart reconet {mode}".strip(),
                         "peak_mb": usage[1][0],
+                        "above_start_mb": usage[1][0] - 28,  # of a bart process that does nothing
                         "seconds_per_step": (usage[1][1] - usage[0][1]) / 2,  # an epoch has two
                     }
                 )
                 _say(rows[-1])
             for chunk in (16, 64):
-                peak, seconds = _ours(count, chunk, int(size))
+                peak, above, seconds = _ours(count, chunk, int(size))
                 rows.append(
                     {
                         "iterations": count,
                         "method": f"MEL stream {chunk}",
                         "peak_mb": peak,
+                        "above_start_mb": above,
                         "seconds_per_step": seconds,
                     }
                 )
@@ -288,13 +289,11 @@ def _bart_usage(folder: str, count: int, mode: str, epochs: int) -> tuple[float,
     return _measured([*command, "k2", "maps2", "weights", "image2"], folder)
 
 
-def _ours(count: int, chunk: int, size: int) -> tuple[float, float]:
+def _ours(count: int, chunk: int, size: int) -> tuple[float, float, float]:
     """The same network (5 layers of 32 channels, 10 steps of CG) in a process of its own."""
-    usage = []
-    for steps in (1, 3):
-        command = [sys.executable, __file__, "ours", str(count), str(chunk), str(size), str(steps)]
-        usage.append(_measured(command, "."))
-    return usage[1][0], (usage[1][1] - usage[0][1]) / 2
+    command = [sys.executable, __file__, "ours", str(count), str(chunk), str(size)]
+    usage = [_measured([*command, str(steps)], ".") for steps in (0, 1, 6)]
+    return usage[2][0], usage[2][0] - usage[0][0], (usage[2][1] - usage[1][1]) / 5
 
 
 def _train(count: int, chunk: int, size: int, steps: int) -> None:
@@ -307,7 +306,6 @@ def _train(count: int, chunk: int, size: int, steps: int) -> None:
         optimiser.zero_grad()
         made.refine(problem, problem.adjoint_data).abs().square().sum().backward()
         optimiser.step()
-    resource.getrusage(resource.RUSAGE_SELF)
 
 
 def _say(row: dict[str, Any]) -> None:

@@ -16,13 +16,13 @@ from melcore.physics import Sense
 from melcore.unrolled import Encoding, MoDL, Unrolled, VarNet, plan
 from melcore.unrolled.planning import costs
 
-MATRIX = (24, 26, 40)
+MATRIX = (24, 26, 32)
 COILS = 3
 
 
 def make(scheme: Any = MoDL, count: int = 4) -> Unrolled:
     torch.manual_seed(0)
-    options = {"cg_iterations": 5} if scheme is MoDL else {}
+    options = {"cg_iterations": 3} if scheme is MoDL else {}
     return Unrolled.repeat(lambda: scheme(ResidualCNN(3, channels=8, layers=5), **options), count)
 
 
@@ -82,10 +82,10 @@ def test_the_prediction_holds_for_mixed_plans_and_for_time() -> None:
 def test_memory_grows_by_one_image_an_iteration_or_not_at_all() -> None:
     image = 8 * MATRIX[0] * MATRIX[1] * MATRIX[2]
     stream = IterationPlan("stream", chunk=4)
-    peaks = [measured_peak(make(count=count), MemoryPlan((stream,) * count)) for count in (3, 9)]
-    assert (peaks[1] - peaks[0]) / 6 <= 1.001 * image
+    peaks = [measured_peak(make(count=count), MemoryPlan((stream,) * count)) for count in (2, 5)]
+    assert (peaks[1] - peaks[0]) / 3 <= 1.001 * image
     slots = IterationPlan("stream", chunk=4, states="slots")
-    peaks = [measured_peak(make(count=count), MemoryPlan((slots,) * count, slots=1)) for count in (3, 9)]
+    peaks = [measured_peak(make(count=count), MemoryPlan((slots,) * count, slots=1)) for count in (3, 5)]
     assert peaks[1] <= 1.01 * peaks[0]
 
 

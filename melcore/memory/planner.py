@@ -113,7 +113,7 @@ class Costs:
             x = self.x.detach().clone().requires_grad_()
             before = _begin(meter)
             output = regulariser(x)
-            kept, forward, work = meter.live - before, meter.peak - before, self._work(meter)
+            kept, forward, work = meter.live - before - _bytes(output), meter.peak - before, self._work(meter)
             gradient = torch.empty_like(output)
             before = _begin(meter)
             torch.autograd.grad(output, [x, *self.unit.learned], gradient)
