@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from laws import random
+from memory_cases import NETWORKS, distance, encoding, gradients, model
 from torch import Tensor
 
+from melcore.memory import MemoryPlan
 from melcore.memory.executors.stream import Keep, Stream, why_not
 from melcore.memory.protocols import ExecutorLike
 from melcore.memory.streaming.schedule import Wavefront, capacity
@@ -129,3 +131,18 @@ def test_what_a_sweep_holds_does_not_grow_with_the_volume() -> None:
     # By hand, for chunk c and depth 5: signal i waits for the gradient of layer i, which is 2 (5 - i) planes behind.
     assert all(planes <= 8 + 2 * (5 - index) + 8 for index, planes in enumerate(held[0].signals))
     assert all(planes <= 2 * 8 + 4 for planes in held[0].gradients)
+
+
+@pytest.mark.parametrize("executor", ["stream", "keep"])
+def test_in_half_precision_streams_are_as_near_to_the_truth_as_autograd(executor: Any) -> None:
+    network = NETWORKS[1]
+    exact = gradients(model(network.make), encoding(network.matrix), None)
+    made = model(network.make, dtype=torch.float32)
+    problem = encoding(network.matrix, dtype=torch.complex64)
+    errors = []
+    for plan in (None, MemoryPlan.uniform(executor, 3, chunk=4)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = gradients(made, problem, plan)
+        assert all(value.dtype in (torch.float32, torch.complex64) for value in found.values())
+        errors.append(distance(found, exact))
+    assert 1e-5 < errors[1] <= 1.5 * errors[0]
