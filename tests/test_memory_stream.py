@@ -47,11 +47,12 @@ def assert_exact(
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
-@pytest.mark.parametrize("size", [1, 2, 4, 7, 13])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    # Reflection needs two samples: the layers refuse it on one.
+    ("mode", "size"),
+    [(mode, size) for mode in MODES for size in (1, 2, 4, 7, 13) if mode != "reflect" or size > 1],
+)
 def test_volumes_of_every_length_are_exact(mode: Any, size: int, chunk: int) -> None:
-    if mode == "reflect" and size < 2:
-        pytest.skip("reflect padding needs two samples")
     regulariser = prepared(ResidualCNN(3, channels=3, layers=4, padding=mode))
     assert_exact(Stream(chunk), regulariser, (1, 1, 1, 3, 2, size))
 
