@@ -5,6 +5,7 @@ and temporal ones are matrix products over the channels. `halo` tells how many n
 along (time, z, y, x), which is all that an executor needs to compute it piece by piece.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,7 +21,7 @@ Halo = tuple[int, int, int, int]
 _PAD = {"replicate": "replicate", "reflect": "reflect", "circular": "circular"}
 
 
-class LocalLayer(nn.Module):
+class LocalLayer(nn.Module, ABC):
     """Convolution and leaky ReLU, from features to features.
 
     Parameters
@@ -74,9 +75,9 @@ class LocalLayer(nn.Module):
             features = _extend(features, dim, widths[axis], self.padding)
         return features
 
+    @abstractmethod
     def convolve(self, padded: Tensor) -> Tensor:
         """Convolution without padding: every axis shrinks by twice the halo."""
-        raise NotImplementedError
 
     def activate(self, features: Tensor) -> Tensor:
         """Apply the pointwise activation, in place where its output tells the sign of its input."""
