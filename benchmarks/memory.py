@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py predict   bytes and work at full sizes, from tensors without memory (minutes)
     python benchmarks/memory.py run       real steps on this machine, with gradient errors (minutes)
-    python benchmarks/memory.py bart      steps of BART's reconet beside ours on one 2D problem (needs bart)
+    python benchmarks/memory.py bart      steps of BART's reconet beside ours on one 2D problem (needs bart and GNU time)
 
 Each writes benchmarks/results/memory_<name>.json and .md, with the command, the machine and the date in them.
 """
@@ -275,13 +275,17 @@ def bart() -> list[dict[str, Any]]:
 
 
 def _measured(command: list[str], folder: str) -> tuple[float, float]:
-    """Peak resident memory (MB) and processor time of a process."""
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        assert process.stderr is not None
-        raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read().decode()[-500:]}")
-    return usage.ru_maxrss / 1e3, usage.ru_utime + usage.ru_stime
+    """Peak resident memory (MB) and processor time of a process, by GNU time.
+
+    Waiting for the process here would count this interpreter's memory: the kernel carries it over from the fork.
+    """
+    with tempfile.NamedTemporaryFile("r") as report:
+        timed = ["/usr/bin/time", "-f", "%M %U %S", "-o", report.name, *command]
+        result = subprocess.run(timed, cwd=folder, capture_output=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{' '.join(command)} failed: {result.stderr.decode()[-500:]}")
+        peak, user, system = (float(word) for word in report.read().split())
+    return peak / 1e3, user + system
 
 
 def _bart_usage(folder: str, count: int, mode: str, epochs: int) -> tuple[float, float]:
