@@ -66,10 +66,11 @@ def _one_line(error: BaseException) -> str:
 def _dispatch(arguments: Sequence[str]) -> int:
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser, entries = _build_parser(chosen)
-    parsed = parser.parse_args(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 for usage errors
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     result: int | None = importlib.import_module(entries[parsed.command].module).run(parsed)
-    # A reader that went away (mel info | head) shows only when the last of the output is written.
-    sys.stdout.flush()
     return result or 0
 
 
@@ -84,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(["mel", *[argument for argument in arguments[:1] if not argument.startswith("-")]])
     try:
-        return _dispatch(arguments)
-    except SystemExit as stop:  # argparse: 0 after --help, 2 for usage errors
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        code = _dispatch(arguments)
+        # A reader that went away (mel info | head) shows only when the last of the output is written.
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go. 141 is what a shell reports for SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
