@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py predict   bytes and work at full sizes, from tensors without memory (minutes)
     python benchmarks/memory.py run       real steps on this machine, with gradient errors (minutes)
-    python benchmarks/memory.py bart      steps of BART's reconet beside ours on one 2D problem (needs bart and GNU time)
+    python benchmarks/memory.py bart      steps of BART's reconet beside ours in 2D (needs bart and GNU time)
 
 Each writes benchmarks/results/memory_<name>.json and .md, with the command, the machine and the date in them.
 """
