@@ -9,7 +9,9 @@ Example:
 """
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -158,9 +160,16 @@ def main() -> None:
             draw(
                 arguments.pictures / f"{scan.name.replace(' ', '_').replace(',', '')}.png", example, methods, scan.name
             )
-    versions = {"torch": torch.__version__, "bart": bart.version(), "python": platform.python_version()}
+    about = {
+        "command": "python benchmarks/quality.py",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU used",
+        "versions": {"torch": torch.__version__, "bart": bart.version(), "python": platform.python_version()},
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"versions": versions, "scans": results}, indent=1) + "\n")
+    # Scans are slow: those judged before, with --only, stay in the file.
+    before = json.loads(arguments.output.read_text())["scans"] if arguments.output.exists() else {}
+    arguments.output.write_text(json.dumps({**about, "scans": {**before, **results}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

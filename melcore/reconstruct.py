@@ -21,7 +21,7 @@ from melcore.unrolled.planning import plan_inference
 Conventional = Literal["cg-sense", "adjoint"]
 CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
 
-# CG-SENSE with a light quadratic penalty, near the optimum on brains at SNR 20 to 50 (benchmarks/quality.py).
+# CG-SENSE with a light quadratic penalty. The best weight differs from scan to scan: benchmarks/quality.py finds it.
 _CG_ITERATIONS, _CG_WEIGHT = 30, 0.02
 
 
