@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from melcore.errors import DataError, ShapeError
+from melcore.physics.inner_product import inner_product
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,6 @@ class Solution:
     iterations: int
     residual: Tensor
     converged: bool
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Real inner product of each batch element, shaped to broadcast against the arguments."""
-    axes = tuple(range(1, a.ndim))
-    product = torch.view_as_real(a) * torch.view_as_real(b) if a.is_complex() else (a * b).unsqueeze(-1)
-    return product.sum(dim=(*axes, a.ndim), keepdim=True).squeeze(-1)
 
 
 def conjugate_gradient(
@@ -89,9 +83,9 @@ def conjugate_gradient(
         )
     x = torch.zeros_like(rhs) if initial is None else initial
     residual = rhs if initial is None else rhs - normal(x)
-    energy = _dot(residual, residual)
+    energy = inner_product(residual, residual)
     # A zero right-hand side has the solution zero: its norm is replaced, so that the residual is 0 and not NaN.
-    scale = _dot(rhs, rhs).detach()
+    scale = inner_product(rhs, rhs).detach()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     limit = relative_tolerance**2 * scale
     iterations = 0
@@ -102,12 +96,12 @@ def conjugate_gradient(
         direction, product = _precondition(preconditioner, residual, active)
     while iterations < max_iterations and bool(active.any()):
         applied = normal(direction)
-        curvature = _dot(direction, applied)
+        curvature = inner_product(direction, applied)
         # Elements that are done take steps of length zero; the divisor 1 keeps them finite, in the backward too.
         step = torch.where(active, product, 0.0) / torch.where(active, curvature, 1.0)
         x = x + step * direction
         residual = residual - step * applied
-        energy = _dot(residual, residual)
+        energy = inner_product(residual, residual)
         iterations += 1
         active = active & ~(energy.detach() <= limit)
         prepared, new_product = residual, energy
@@ -130,7 +124,7 @@ def _precondition(
         raise ShapeError(
             f"the preconditioner of conjugate_gradient made {tuple(prepared.shape)} of {tuple(residual.shape)}."
         )
-    product = _dot(residual, prepared)
+    product = inner_product(residual, prepared)
     if bool((active & (product.detach() <= 0)).any()):
         raise DataError(
             "the preconditioner of conjugate_gradient is not positive definite: its inner product with a residual is "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from melcore.errors import ConfigError, MelError
 from melcore.physics.conjugate_gradient import conjugate_gradient
+from melcore.physics.inner_product import inner_product
 
 GradientMode = Literal["exact", "implicit"]
 Normal = Callable[[Tensor], Tensor]
@@ -69,17 +70,6 @@ def data_consistency(
     return _Implicit.apply(adjoint_data, z, mu, normal, max_iterations, relative_tolerance)
 
 
-_PIECE = 1 << 22  # numbers; a product of whole volumes would be one more volume
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Real inner product of each batch element, shaped to broadcast; large ones are summed in pieces."""
-    flat = [(torch.view_as_real(c.contiguous()) if c.is_complex() else c).flatten(1) for c in (a, b)]
-    pieces = zip(*(c.split(_PIECE, dim=1) for c in flat), strict=True)
-    total = torch.stack([(c * d).sum(dim=1) for c, d in pieces]).sum(dim=0)
-    return total.view(-1, *[1] * (a.ndim - 1))
-
-
 def _add(target: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """``target += factor * addend`` without a temporary; the factor is a real number for each batch element."""
     return target.addcmul_(addend, factor.to(addend.dtype))
@@ -104,11 +94,11 @@ class _Truncated(torch.autograd.Function):
         x = z.clone()
         residual = adjoint_data - normal(z)  # mu z cancels
         direction = residual.clone()
-        energy = _dot(residual, residual)
+        energy = inner_product(residual, residual)
         limit = torch.zeros_like(energy)
         if tolerance > 0:
             rhs = adjoint_data + mu * z
-            limit = tolerance**2 * _dot(rhs, rhs)
+            limit = tolerance**2 * inner_product(rhs, rhs)
             del rhs
         directions, scalars = [], []
         for _ in range(max_iterations):
@@ -118,12 +108,12 @@ class _Truncated(torch.autograd.Function):
             applied = normal(direction)
             _add(applied, mu, direction)
             # Elements of the batch that are done take steps of length zero; the divisor 1 keeps them finite.
-            curvature = torch.where(active, _dot(direction, applied), 1.0)
+            curvature = torch.where(active, inner_product(direction, applied), 1.0)
             step = torch.where(active, energy, 0.0) / curvature
             _add(x, step, direction)
             _add(residual, -step, applied)
             del applied
-            new_energy = _dot(residual, residual)
+            new_energy = inner_product(residual, residual)
             ratio = new_energy / torch.where(energy > 0, energy, 1.0)
             if record:
                 directions.append(direction)
@@ -157,14 +147,14 @@ class _Truncated(torch.autograd.Function):
             applied = (residual - after).mul_(torch.where(active, 1 / torch.where(active, step, 1.0), 0.0))
             earlier_energy = torch.zeros_like(energy)
             if index < count - 1:
-                to_ratio = _dot(to_direction, direction)
+                to_ratio = inner_product(to_direction, direction)
                 to_residual += to_direction
                 to_direction *= ratio
                 safe = torch.where(energy > 0, energy, 1.0)
                 to_energy = to_energy + to_ratio / safe
                 earlier_energy = torch.where(energy > 0, -to_ratio * ratio / safe, 0.0)
             _add(to_residual, 2 * to_energy, after)
-            to_step = torch.where(active, _dot(gradient, direction) - _dot(to_residual, applied), 0.0)
+            to_step = torch.where(active, inner_product(gradient, direction) - inner_product(to_residual, applied), 0.0)
             _add(to_direction, step, gradient)
             to_energy = earlier_energy + to_step / curvature
             to_curvature = -to_step * step / curvature
@@ -173,7 +163,7 @@ class _Truncated(torch.autograd.Function):
             _add(to_applied, -step, to_residual)
             after = residual
             del applied, residual
-            to_mu = to_mu + _dot(to_applied, direction)
+            to_mu = to_mu + inner_product(to_applied, direction)
             _add(to_direction, mu, to_applied)
             to_direction += ctx.normal(to_applied)
             del to_applied
@@ -203,7 +193,7 @@ class _Implicit(torch.autograd.Function):
         _refuse_second_derivative()
         mu, z, x = ctx.saved_tensors
         to_rhs = ctx.solve("backward", gradients[0], None)
-        to_mu = _dot(to_rhs, z - x).sum().reshape(mu.shape).to(mu.dtype)
+        to_mu = inner_product(to_rhs, z - x).sum().reshape(mu.shape).to(mu.dtype)
         return to_rhs, mu * to_rhs, to_mu, None, None, None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from melcore.physics.conjugate_gradient import _dot
+from melcore.physics.inner_product import inner_product
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ def power_method(
         like.shape[1:], generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64
     )
     vector = vector.to(like.device, like.dtype).expand_as(like)
-    value = residual = torch.zeros_like(_dot(vector, vector))
+    value = residual = torch.zeros_like(inner_product(vector, vector))
     done, count = torch.zeros_like(value, dtype=torch.bool), 0
     while count < iterations and not bool(done.all()):
-        size = _dot(vector, vector).sqrt()
+        size = inner_product(vector, vector).sqrt()
         # An operator that is zero maps to the vector zero: its eigenvalue is 0, and nothing is divided by 0.
         vector = vector / torch.where(size > 0, size, 1.0)
         applied = normal(vector)
-        value = _dot(vector, applied)
+        value = inner_product(vector, applied)
         error = applied - value * vector
-        residual = _dot(error, error).sqrt() / torch.where(value > 0, value, 1.0)
+        residual = inner_product(error, error).sqrt() / torch.where(value > 0, value, 1.0)
         done = residual <= relative_tolerance
         vector = applied
         count += 1
