@@ -11,7 +11,7 @@ Hestenes and Stiefel, J Res NBS 49:409 (1952); implicit gradients: Aggarwal et a
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,6 +75,14 @@ def _add(target: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     return target.addcmul_(addend, factor.to(addend.dtype))
 
 
+def _residual(directions: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], index: int) -> Tensor:
+    """Residual before step `index`, which its search direction and the one before determine."""
+    if index == 0:
+        return directions[0].clone()
+    factor = -rows[index - 1][1]
+    return torch.addcmul(directions[index], directions[index - 1], factor.to(directions[index].dtype))
+
+
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise MelError(
@@ -131,7 +139,7 @@ class _Truncated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         (gradient,) = gradients
-        mu, after, *rest = ctx.saved_tensors
+        mu, last, *rest = ctx.saved_tensors
         count = len(rest) // 6
         directions, scalars = rest[:count], rest[count:]
         rows = [scalars[5 * i : 5 * i + 5] for i in range(count)]
@@ -140,11 +148,6 @@ class _Truncated(torch.autograd.Function):
         to_mu = torch.zeros_like(to_energy)
         for index in range(count - 1, -1, -1):
             direction, (step, ratio, curvature, energy, active) = directions[index], rows[index]
-            residual = direction
-            if index > 0:
-                factor = -rows[index - 1][1].to(direction.dtype)
-                residual = torch.addcmul(direction, directions[index - 1], factor)
-            applied = (residual - after).mul_(torch.where(active, 1 / torch.where(active, step, 1.0), 0.0))
             earlier_energy = torch.zeros_like(energy)
             if index < count - 1:
                 to_ratio = inner_product(to_direction, direction)
@@ -153,24 +156,29 @@ class _Truncated(torch.autograd.Function):
                 safe = torch.where(energy > 0, energy, 1.0)
                 to_energy = to_energy + to_ratio / safe
                 earlier_energy = torch.where(energy > 0, -to_ratio * ratio / safe, 0.0)
+            # Residuals are made of directions when they are wanted, so that none waits while the operator works.
+            after = last if index == count - 1 else _residual(directions, rows, index + 1)
             _add(to_residual, 2 * to_energy, after)
+            applied = _residual(directions, rows, index)
+            applied -= after
+            applied *= torch.where(active, 1 / torch.where(active, step, 1.0), 0.0)
+            del after
             to_step = torch.where(active, inner_product(gradient, direction) - inner_product(to_residual, applied), 0.0)
             _add(to_direction, step, gradient)
             to_energy = earlier_energy + to_step / curvature
             to_curvature = -to_step * step / curvature
             _add(to_direction, to_curvature, applied)
-            to_applied = to_curvature * direction
+            to_applied = torch.mul(direction, to_curvature, out=applied)
+            del applied
             _add(to_applied, -step, to_residual)
-            after = residual
-            del applied, residual
             to_mu = to_mu + inner_product(to_applied, direction)
             _add(to_direction, mu, to_applied)
             to_direction += ctx.normal(to_applied)
             del to_applied
         to_residual += to_direction
         if count:
-            _add(to_residual, 2 * to_energy, after)
-        del to_direction, after
+            _add(to_residual, 2 * to_energy, _residual(directions, rows, 0))
+        del to_direction
         to_z = ctx.normal(to_residual).neg_().add_(gradient)
         return to_residual, to_z, to_mu.sum().reshape(mu.shape).to(mu.dtype), None, None, None
 
