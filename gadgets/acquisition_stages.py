@@ -16,8 +16,7 @@ from gadgets.messages import (
     Waveform,
 )
 from gadgets.settings import Dimension
-from melcore.errors import DataError
-from melcore.io.mrd_header import WHITENED, user_text
+from melcore.io.mrd_header import NOISE_FILE, WHITENED, user_text
 from melcore.io.mrd_types import (
     IS_CALIBRATION,
     IS_CALIBRATION_AND_IMAGING,
@@ -57,6 +56,7 @@ def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSetti
     """
     import torch
 
+    from melcore.io.noise_scan import covariance_of
     from melcore.preprocess import whitening
 
     noise: list[Acquisition] = []
@@ -74,24 +74,18 @@ def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSetti
             before = user_text(header.document, WHITENED)
             header.provenance["whitening"] = before or "no noise readouts before the data: not whitened"
             if noise:
-                samples = torch.from_numpy(np.concatenate([readout.data for readout in _alike(noise)], axis=1))
-                covariance = whitening.noise_covariance(samples, float(noise[0].header["sample_time_us"]) * 1e-6)
+                covariance, remarks = covariance_of(noise)
                 bandwidth = whitening.RELATIVE_BANDWIDTH if header.noise_bandwidth is None else header.noise_bandwidth
                 dwell_time = float(message.header["sample_time_us"]) * 1e-6
                 matrix = whitening.whitening_matrix(covariance, dwell_time, bandwidth)
-                header.provenance["whitening"] = "; ".join(("by the noise scan", *covariance.remarks))
+                separate = user_text(header.document, NOISE_FILE)
+                words = "by the noise scan" + (f" of {separate}" if separate else "")
+                header.provenance["whitening"] = "; ".join((words, *remarks, *covariance.remarks))
         if matrix is None:
             yield message
             continue
         data = whitening.whiten(_tensor(message), matrix).numpy()
         yield Acquisition(message.header, message.trajectory, data)
-
-
-def _alike(noise: Sequence[Acquisition]) -> Sequence[Acquisition]:
-    coils = {readout.data.shape[0] for readout in noise}
-    if len(coils) > 1:
-        raise DataError(f"the noise readouts have {sorted(coils)} coils: one noise scan has the same coils throughout.")
-    return noise
 
 
 def _tensor(message: Acquisition) -> "torch.Tensor":  # type: ignore[name-defined] # noqa: F821

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help="most memory that the reconstruction may use, for example 12GiB")
     parser.add_argument("--deadline", metavar="SECONDS", help="then a conventional, labelled image is made instead")
     parser.add_argument("--output-type", choices=("magnitude", "complex"), help="magnitude is the default")
+    parser.add_argument("--noise", type=Path, metavar="NOISE.h5", help="raw file with the noise scan to whiten by")
+    parser.add_argument(
+        "--partial-fourier",
+        choices=("zero", "homodyne", "pocs"),
+        help="how conventional methods fill a side of k-space that is missing (zero is the default)",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
@@ -49,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from melcore.errors import DataError
     from melcore.io.images import write_images
     from melcore.io.mrd import open_raw
+    from melcore.io.noise_scan import with_noise_scan
 
     begin = time.perf_counter()
     named = {
@@ -57,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         "memory": arguments.memory,
         "deadline": arguments.deadline,
         "output": arguments.output_type,
+        "partial_fourier": arguments.partial_fourier,
     }
     overrides = {name: value for name, value in named.items() if value is not None}
     if not arguments.output.absolute().parent.is_dir():
@@ -65,7 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.output.exists() and arguments.output.samefile(arguments.raw):
             raise DataError(f"{arguments.output} is the raw file itself: give another name for the images.")
         pipeline = find_pipeline(arguments.pipeline or choose_pipeline(raw))
-        images = list(run_chain(pipeline, raw.header_xml, _messages(raw), overrides=overrides))
+        header_xml, readouts = raw.header_xml, raw.acquisitions()
+        if arguments.noise is not None:
+            header_xml, readouts = with_noise_scan(raw, arguments.noise)
+        images = list(run_chain(pipeline, header_xml, _watched(readouts, raw.count), overrides=overrides))
         if not images:
             raise DataError(f"{arguments.raw} gave no image through {pipeline.stem}: it holds no complete image data.")
         series = collect_series(images)
@@ -109,11 +120,11 @@ def choose_pipeline(raw: "RawFile") -> str:
     return "mel_cine_2dt" if len(np.unique(imaging["idx"]["phase"])) > 1 else "mel_cartesian_2d"
 
 
-def _messages(raw: "RawFile") -> "Iterator[Message]":
+def _watched(readouts: "Iterator[Message]", count: int) -> "Iterator[Message]":
     from tqdm import tqdm
 
     # tqdm's None: shown on a terminal only.
-    bar = tqdm(raw.acquisitions(), total=raw.count, unit="readout", file=sys.stderr, disable=None, leave=False)
+    bar = tqdm(readouts, total=count, unit="readout", file=sys.stderr, disable=None, leave=False)
     with bar:
         yield from bar
 

@@ -49,6 +49,8 @@ class ReconstructSettings:
         Finished images one by one, or complex ImageArrays for the conversion gadgets of a server.
     fallback
         Whether a failed or late learned reconstruction becomes a labelled conventional one.
+    partial_fourier
+        How conventional methods fill a side of k-space that was not acquired: zero, homodyne or pocs.
     """
 
     model: str = "none"
@@ -62,6 +64,7 @@ class ReconstructSettings:
     output: Literal["magnitude", "complex"] = "magnitude"
     send: Literal["images", "array"] = "images"
     fallback: bool = True
+    partial_fourier: Literal["zero", "homodyne", "pocs"] = "zero"
 
     def __post_init__(self) -> None:
         if self.bundle is not None and self.model != "none":
@@ -110,7 +113,8 @@ def make_reconstructor(settings: ReconstructSettings) -> "Reconstructor":
     from melcore.preprocess.preparation import Preparation
     from melcore.reconstruct import Reconstructor
 
-    options: dict[str, Any] = {"device": settings.device, "deadline": settings.deadline, "fallback": settings.fallback}
+    names = ("device", "deadline", "fallback", "partial_fourier")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     reconstructor = Reconstructor(settings.bundle or settings.model, memory=settings.memory, **options)
     chosen = {"coils": settings.coils, "map_sets": settings.map_sets}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
@@ -132,8 +136,8 @@ def _images(
 
     k_space, calibration, chosen = to_k_space(bit, header)
     result = reconstructor(k_space, None, calibration)
-    if result.warning:
-        _log.warning("%s", result.warning)
+    for words in filter(None, (result.warning, *result.remarks)):
+        _log.warning("%s", words)
     image = to_recon_matrix(result.image)
     field_of_view = [length * 1e3 for length in image.info.geometry[0].field_of_view]
     data = image.data.numpy()
@@ -175,12 +179,12 @@ def _story(result: "Reconstruction", model: str, k_space: "KSpace") -> dict[str,
         "GADGETRON_ImageComment": f"{path} reconstruction by {model}",
         "MEL_model": model,
         "MEL_path_taken": result.path_taken,
-        "MEL_warning": result.warning,
+        "MEL_warning": "; ".join(filter(None, (result.warning, *result.remarks))),
         "MEL_whitened": f"{k_space.noise.whitened}".lower(),
     }
     figures = {"quality": result.quality, "seconds": result.timings}
     story |= {f"MEL_{kind}_{name}": f"{value:.6g}" for kind, some in figures.items() for name, value in some.items()}
-    story |= {f"MEL_provenance_{step}": words for step, words in k_space.info.provenance.items()}
+    story |= {f"MEL_provenance_{step}": words for step, words in result.image.info.provenance.items()}
     return {name: value for name, value in story.items() if value}
 
 

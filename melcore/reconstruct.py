@@ -10,9 +10,10 @@ from torch import Tensor
 
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, Image, KSpace
-from melcore.errors import ConfigError, DataError, MelError
+from melcore.errors import ConfigError, DataError, MelError, unknown
 from melcore.memory import MemoryPlan
 from melcore.physics import LinearOperator
+from melcore.preprocess.partial_fourier import METHODS, Method, treat_image
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
 from melcore.quality import acceleration, data_residual, map_support
 from melcore.unrolled import Encoding
@@ -45,6 +46,8 @@ class Reconstruction:
         ``learned``, ``cg-sense`` or ``adjoint``: what the image really is.
     warning
         Why it is not what was asked for, or empty.
+    remarks
+        What else a reader of the image should know, one line each.
     """
 
     image: Image
@@ -52,6 +55,7 @@ class Reconstruction:
     timings: dict[str, float]
     path_taken: str
     warning: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -74,6 +78,10 @@ class Reconstructor:
         the data (`MelError`) are raised in any case, for no method could help.
     preparation
         Replaces the bundle's (or the default) preparation.
+    partial_fourier
+        What conventional methods do about k-space that is one-sided (`melcore.preprocess.partial_fourier`): ``"zero"``
+        leaves zeros and remarks on it, ``"homodyne"`` and ``"pocs"`` fill it after parallel imaging. A network knows
+        the mask, and is left to fill it. The image's provenance says what was done.
     """
 
     model: Bundle | str | Path
@@ -82,6 +90,7 @@ class Reconstructor:
     deadline: float | None = None
     fallback: bool = True
     preparation: Preparation | None = None
+    partial_fourier: Method = "zero"
     _plans: dict[tuple[int, ...], MemoryPlan] = field(init=False, default_factory=dict)
     bundle: Bundle | None = field(init=False, default=None)  #: the model, loaded; None for conventional methods
 
@@ -92,6 +101,8 @@ class Reconstructor:
             self.bundle = self.model
         elif self.model not in CONVENTIONAL:
             self.bundle = Bundle.load(self.model)
+        if self.partial_fourier not in METHODS:
+            raise unknown("partial Fourier method", self.partial_fourier, METHODS)
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
         if self.device == "auto":
@@ -146,6 +157,8 @@ class Reconstructor:
                 path = "cg-sense"
                 warning = f"the learned reconstruction failed, this is CG-SENSE: {' '.join(str(error).split())}"
                 image = _conventional(prepared, "cg-sense")
+        treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
+        image = treated.image
         timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
         quality = {
             "acceleration": acceleration(prepared),
@@ -156,8 +169,12 @@ class Reconstructor:
         }
         support = prepared.coil_maps.data.abs().sum(2) > 0
         image = (image * support).cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
+        info = k_space.info
+        if treated.record:
+            info = replace(info, provenance={**info.provenance, "partial_fourier": treated.record})
+        remarks = (treated.record,) if treated.warning else ()
         timings["total"] = time.perf_counter() - begin
-        return Reconstruction(Image(image, k_space.info), quality, timings, path, warning)
+        return Reconstruction(Image(image, info), quality, timings, path, warning, remarks)
 
     def _learned(self, bundle: Bundle, prepared: Prepared, begin: float) -> Tensor:
         """The network's image, one element of the batch after the other, so that memory does not grow with slices."""

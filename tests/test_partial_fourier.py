@@ -126,7 +126,7 @@ def test_zero_filling_is_reported_and_recorded() -> None:
         result = treat_partial_fourier(k_space, "zero")
     assert torch.equal(result.data, k_space.data)
     assert torch.equal(result.mask, k_space.mask)
-    assert "zero-filled" in result.info.provenance["partial Fourier"]
+    assert "zero-filled" in result.info.provenance["partial_fourier"]
     assert result.info.provenance["read"] == "here"
 
 
@@ -137,7 +137,7 @@ def test_filling_is_recorded_and_keeps_the_samples(method: str) -> None:
     assert bool(result.mask.all())
     assert torch.equal(result.data * k_space.mask, k_space.data)
     assert relative(ifft(result.data), truth) < relative(ifft(k_space.data), truth) / 1.3
-    assert method in result.info.provenance["partial Fourier"].lower()
+    assert method in result.info.provenance["partial_fourier"].lower()
 
 
 def test_symmetric_k_space_stays_as_it_is() -> None:

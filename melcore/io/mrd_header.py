@@ -11,6 +11,8 @@ from melcore.errors import DataError
 
 #: User parameters of a header whose data `mel whiten` has whitened, or `mel compress` compressed; they tell how.
 WHITENED, COMPRESSED = "MEL_whitening", "MEL_compression"
+#: User parameter of a header in whose stream the noise scan of another file takes the place of the exam's own.
+NOISE_FILE = "MEL_noise_file"
 
 
 def parse_header(xml: str | bytes, source: str = "the header") -> Any:

@@ -1,7 +1,10 @@
 """The noise scan of an exam: its own, or one from another file; and whether the two belong together."""
 
+import itertools
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +14,8 @@ from torch import Tensor
 
 from melcore.data import Noise
 from melcore.errors import DataError
-from melcore.io.mrd import RawFile, open_raw
-from melcore.io.mrd_header import WHITENED, user_text
+from melcore.io.mrd import Acquisition, RawFile, open_raw
+from melcore.io.mrd_header import NOISE_FILE, WHITENED, changed_header, user_text
 from melcore.io.mrd_types import IS_NOISE, NOT_IMAGING, has_any_flag, has_flag
 from melcore.preprocess.whitening import RELATIVE_BANDWIDTH, NoiseCovariance, noise_covariance, whitening_matrix
 
@@ -93,22 +96,55 @@ def whitening_of(
 
 
 def _covariance(raw: RawFile, headers: npt.NDArray[np.void]) -> tuple[NoiseCovariance, list[str]]:
-    """Covariance of the noise readouts, and what was corrected."""
     chosen = np.flatnonzero(has_flag(headers, IS_NOISE))
     if not chosen.size:
         raise DataError(f"{raw.path} holds no noise readouts: give a file with a noise scan.")
-    coils = np.unique(headers["active_channels"][chosen])
-    if coils.size > 1:
-        raise DataError(f"the noise readouts of {raw.path} have {coils.tolist()} coils: expected the same throughout.")
+    return covariance_of(list(raw.acquisitions_at(chosen)), f"the noise readouts of {raw.path}")
+
+
+def covariance_of(noise: Sequence[Acquisition], what: str = "the noise readouts") -> tuple[NoiseCovariance, list[str]]:
+    """Covariance of the readouts of a noise scan, and what was corrected.
+
+    Parameters
+    ----------
+    noise
+        At least one.
+    what
+        What to call them in errors.
+
+    Raises
+    ------
+    DataError
+        If their coils differ, or they cannot be used (`melcore.preprocess.whitening.noise_covariance`).
+    """
+    coils = {len(readout.data) for readout in noise}
+    if len(coils) > 1:
+        raise DataError(f"{what} have {sorted(coils)} coils: expected the same throughout.")
     remarks = []
-    dwell_times = headers["sample_time_us"][chosen]
-    if (dwell_times != dwell_times[0]).any():
-        # The level of the noise depends on the dwell time: readouts of another one are another noise scan.
-        alike = dwell_times == dwell_times[0]
-        remarks.append(f"{np.count_nonzero(~alike)} noise readouts of another dwell time than the first were left out")
-        chosen = chosen[alike]
-    samples = [torch.from_numpy(acquisition.data) for acquisition in raw.acquisitions_at(chosen)]
-    return noise_covariance(torch.cat(samples, dim=1), float(dwell_times[0]) * 1e-6), remarks
+    # The level of the noise depends on the dwell time: readouts of another one are another noise scan.
+    dwell_times = [float(readout.header["sample_time_us"]) for readout in noise]
+    alike = [readout for readout, dwell in zip(noise, dwell_times, strict=True) if dwell == dwell_times[0]]
+    if len(alike) < len(noise):
+        remarks.append(f"{len(noise) - len(alike)} noise readouts of another dwell time than the first were left out")
+    samples = torch.from_numpy(np.concatenate([readout.data for readout in alike], axis=1))
+    return noise_covariance(samples, dwell_times[0] * 1e-6), remarks
+
+
+def with_noise_scan(raw: RawFile, noise: str | os.PathLike[str]) -> tuple[str, Iterator[Acquisition]]:
+    """The header and the acquisitions of an exam, with the noise readouts of another file before them.
+
+    They take the place of the exam's own, for whatever whitens a stream; the header names the file (`NOISE_FILE`).
+
+    Raises
+    ------
+    DataError
+        If the noise is not that of the exam's coils, or the exam is white already.
+    """
+    whitening_of(raw, noise=noise)  # refuses what does not fit, before anything is streamed
+    with open_raw(noise) as other:
+        scan = list(other.acquisitions_at(np.flatnonzero(has_flag(other.headers(), IS_NOISE))))
+    own = (one for one in raw.acquisitions() if not has_flag(one.header, IS_NOISE))
+    return changed_header(raw.header_xml, {NOISE_FILE: Path(noise).name}), itertools.chain(scan, own)
 
 
 def _check_labels(raw: RawFile, other: RawFile) -> None:

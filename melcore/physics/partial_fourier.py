@@ -68,7 +68,8 @@ def find_partial_fourier(mask: Tensor, *, tolerance: float = 0.05) -> tuple[Part
     mask
         Boolean ``(batch, 1, time, z, y, x)`` of the whole grid, axes of size 1 being sampled alike everywhere.
     tolerance
-        Sides that differ by this part of the axis, or by two samples, are still symmetric: random lines end anywhere.
+        Sides that differ by this part of the axis, by two samples, or by no more than two neighbouring samples lie
+        apart, are still symmetric: random and regularly spaced lines end anywhere.
     """
     layout.check_axes(tuple(mask.shape), layout.K_SPACE_AXES, "the sampling mask")
     found = []
@@ -77,15 +78,16 @@ def find_partial_fourier(mask: Tensor, *, tolerance: float = 0.05) -> tuple[Part
         sampled = (mask != 0).any(dim=others[-1])
         for other in reversed(others[:-1]):
             sampled = sampled.any(dim=other)
-        indices = sampled.nonzero().flatten().tolist()
+        indices = sampled.nonzero().flatten()
         size = mask.shape[axis]
-        if size == 1 or not indices:
+        if size == 1 or not len(indices):
             continue
-        part = PartialSampling(axis, indices[0], indices[-1] + 1, size)
+        part = PartialSampling(axis, int(indices[0]), int(indices[-1]) + 1, size)
         centre = size // 2
         # An even axis has one sample more before its centre than behind.
         imbalance = (centre - part.start) - (part.stop - 1 - centre) - (1 - size % 2)
-        if abs(imbalance) > max(2, tolerance * size):
+        step = int(indices.diff().max()) if len(indices) > 1 else 1
+        if abs(imbalance) > max(2, step, tolerance * size):
             found.append(part)
     return tuple(found)
 
