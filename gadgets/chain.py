@@ -47,8 +47,15 @@ def find_pipeline(name: str | Path) -> Path:
     raise ConfigError(f"the pipeline {path} does not exist; those that ship are {', '.join(sorted(shipped))}.")
 
 
-def read_pipeline(path: str | Path) -> list[Node]:
+def read_pipeline(path: str | Path, stages: Mapping[str, Stage] = STAGES) -> list[Node]:
     """Read the stream of a pipeline.
+
+    Parameters
+    ----------
+    path
+        See `find_pipeline`.
+    stages
+        Our own targets by name.
 
     Raises
     ------
@@ -68,13 +75,13 @@ def read_pipeline(path: str | Path) -> list[Node]:
     version, stream = root.findtext("version"), root.find("stream")
     if version is None or version.strip() != "2" or stream is None:
         raise ConfigError(f"the pipeline {path} must hold <version>2</version> and a <stream>.")
-    nodes = [_node(element, path) for element in stream]
+    nodes = [_node(element, path, stages) for element in stream]
     if not nodes:
         raise ConfigError(f"the <stream> of the pipeline {path} is empty.")
     return nodes
 
 
-def _node(element: ElementTree.Element, path: Path) -> Node:
+def _node(element: ElementTree.Element, path: Path, stages: Mapping[str, Stage]) -> Node:
     if element.tag == "gadget":
         name = (element.findtext("classname") or "").strip()
         if name not in GADGETS:
@@ -85,17 +92,19 @@ def _node(element: ElementTree.Element, path: Path) -> Node:
         if execute is None:
             raise ConfigError(f"the pipeline {path}: an <external> without <execute> cannot be run in process.")
         module, target = execute.get("name", ""), execute.get("target", "")
-        if module != "gadgets" or target not in STAGES:
+        if module != "gadgets" or target not in stages:
             raise ConfigError(
                 f"the pipeline {path}: the external node {module}.{target} cannot be run in process, only "
-                f"gadgets.X with X one of {', '.join(sorted(STAGES))}."
+                f"gadgets.X with X one of {', '.join(sorted(stages))}."
             )
         where = f"{path}: gadgets.{target}"
-        return Node(target, STAGES[target], properties(element.find("configuration"), where), external=True)
+        return Node(target, stages[target], properties(element.find("configuration"), where), external=True)
     raise ConfigError(f"the pipeline {path}: <{element.tag}> cannot be run in process, only <gadget> and <external>.")
 
 
-def build_chain(path: str | Path, overrides: Mapping[str, str] | None = None) -> list[Step]:
+def build_chain(
+    path: str | Path, overrides: Mapping[str, str] | None = None, stages: Mapping[str, Stage] = STAGES
+) -> list[Step]:
     """Steps of a pipeline, their settings checked.
 
     Parameters
@@ -104,13 +113,15 @@ def build_chain(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         See `find_pipeline`.
     overrides
         Property to value, for our own nodes; each must be known to at least one of them.
+    stages
+        Our own targets by name; a server gives its own, whose models are loaded.
 
     Raises
     ------
     ConfigError
         If the pipeline or a setting is wrong.
     """
-    nodes = read_pipeline(path)
+    nodes = read_pipeline(path, stages)
     left = dict(overrides or {})
     steps = []
     for node in nodes:
@@ -135,6 +146,7 @@ def run_chain(
     messages: Iterable[Message],
     *,
     overrides: Mapping[str, str] | None = None,
+    stages: Mapping[str, Stage] = STAGES,
 ) -> Iterator[Image]:
     """Stream messages through a pipeline.
 
@@ -148,6 +160,8 @@ def run_chain(
         Acquisitions (and waveforms), in the order of acquisition.
     overrides
         Replace properties of our own nodes, such as ``{"model": "adjoint"}``.
+    stages
+        See `build_chain`.
 
     Yields
     ------
@@ -161,7 +175,7 @@ def run_chain(
     DataError
         If the data or the header cannot be used.
     """
-    steps = build_chain(path, overrides)
+    steps = build_chain(path, overrides, stages)
     header = parse_header(header_xml if isinstance(header_xml, bytes) else header_xml.encode())
     return _run(steps, header, iter(messages), str(path))
 

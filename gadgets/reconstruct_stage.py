@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from melcore.errors import ConfigError, DataError
 from melcore.io.mrd_header import scan_info
 
 if TYPE_CHECKING:
-    from melcore.data import KSpace
+    from melcore.data import KSpace, Noise
     from melcore.reconstruct import Reconstruction, Reconstructor
 
 _log = logging.getLogger(__name__)
@@ -78,11 +78,17 @@ class ReconstructSettings:
             raise ConfigError(f"series must be within 0 and 65535, but is {self.series}.")
 
 
-def reconstruct(messages: Iterator[Message], header: Header, settings: ReconstructSettings) -> Iterator[Message]:
+def reconstruct(
+    messages: Iterator[Message],
+    header: Header,
+    settings: ReconstructSettings,
+    *,
+    build: "Callable[..., Reconstructor] | None" = None,
+) -> Iterator[Message]:
     """Reconstruct each ReconData; frames and slices without any sample give no image.
 
     Embedded calibration lines are merged into the data, separate ones go to the estimation of the maps. Everything
-    else passes.
+    else passes. `build` takes the place of the class `melcore.reconstruct.Reconstructor`: a server has its own.
 
     Raises
     ------
@@ -91,7 +97,7 @@ def reconstruct(messages: Iterator[Message], header: Header, settings: Reconstru
     DataError
         If the data cannot be reconstructed.
     """
-    reconstructor = make_reconstructor(settings)
+    reconstructor = make_reconstructor(settings, build)
     counter = itertools.count(1)
     for message in messages:
         if not isinstance(message, ReconData):
@@ -108,14 +114,16 @@ def reconstruct(messages: Iterator[Message], header: Header, settings: Reconstru
             yield from _images(bit, header, settings, reconstructor, counter)
 
 
-def make_reconstructor(settings: ReconstructSettings) -> "Reconstructor":
-    """Load the model that the settings name."""
+def make_reconstructor(
+    settings: ReconstructSettings, build: "Callable[..., Reconstructor] | None" = None
+) -> "Reconstructor":
+    """Load the model that the settings name; `build` as in `reconstruct`."""
     from melcore.preprocess.preparation import Preparation
     from melcore.reconstruct import Reconstructor
 
     names = ("device", "deadline", "fallback", "partial_fourier")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    reconstructor = Reconstructor(settings.bundle or settings.model, memory=settings.memory, **options)
+    reconstructor = (build or Reconstructor)(settings.bundle or settings.model, memory=settings.memory, **options)
     chosen = {"coils": settings.coils, "map_sets": settings.map_sets}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if changes:
@@ -134,8 +142,9 @@ def _images(
 ) -> Iterator[Message]:
     from melcore.preprocess.field_of_view import to_recon_matrix
 
-    k_space, calibration, chosen = to_k_space(bit, header)
-    result = reconstructor(k_space, None, calibration)
+    with reconstructor.room(bit.data.data.shape):
+        k_space, calibration, chosen = to_k_space(bit, header)
+        result = reconstructor(k_space, None, calibration)
     for words in filter(None, (result.warning, *result.remarks)):
         _log.warning("%s", words)
     image = to_recon_matrix(result.image)
@@ -147,7 +156,7 @@ def _images(
         # Soft SENSE gives one image for each set of maps: all of them are signal.
         data = np.sqrt(np.square(np.abs(data)).sum(axis=1, keepdims=True)).astype(np.float32)
     image_type = ImageType.COMPLEX if is_complex else ImageType.MAGNITUDE
-    meta = image_meta(_story(result, reconstructor.name, k_space))
+    meta = image_meta(story(result, reconstructor.name, k_space.info.protocol, k_space.noise))
     sent = []
     for batch, time in np.ndindex(*chosen.shape):
         acquisition: Any = chosen[batch, time]
@@ -171,16 +180,17 @@ def _array(heads: list[np.void], data: Array, buffer: tuple[int, ...], meta: str
     return ImageArray(layout.image_to_gadgetron(data, sets), headers, (meta,) * len(heads))
 
 
-def _story(result: "Reconstruction", model: str, k_space: "KSpace") -> dict[str, str]:
+def story(result: "Reconstruction", model: str, protocol: str, noise: "Noise") -> dict[str, str]:
+    """Meta attributes of an image: what it is, by which path it came, and what was done to its data."""
     path = {"learned": "MEL", "cg-sense": "CG-SENSE", "adjoint": "adjoint"}.get(result.path_taken, result.path_taken)
     story = {
         "GADGETRON_DataRole": "Image",
-        "GADGETRON_SeqDescription": f"{k_space.info.protocol}_{path}".lstrip("_"),
+        "GADGETRON_SeqDescription": f"{protocol}_{path}".lstrip("_"),
         "GADGETRON_ImageComment": f"{path} reconstruction by {model}",
         "MEL_model": model,
         "MEL_path_taken": result.path_taken,
         "MEL_warning": "; ".join(filter(None, (result.warning, *result.remarks))),
-        "MEL_whitened": f"{k_space.noise.whitened}".lower(),
+        "MEL_whitened": f"{noise.whitened}".lower(),
     }
     figures = {"quality": result.quality, "seconds": result.timings}
     story |= {f"MEL_{kind}_{name}": f"{value:.6g}" for kind, some in figures.items() for name, value in some.items()}

@@ -1,6 +1,9 @@
 """k-space and a model to an image: the one entrance for files, gadgets and scripts."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,9 +13,9 @@ from torch import Tensor
 
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, Image, KSpace
-from melcore.errors import ConfigError, DataError, MelError, unknown
+from melcore.errors import ConfigError, DataError, MelError, ToolError, unknown
 from melcore.memory import MemoryPlan
-from melcore.physics import LinearOperator
+from melcore.physics import LinearOperator, ifft
 from melcore.preprocess.partial_fourier import METHODS, Method, treat_image
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
 from melcore.quality import acceleration, data_residual, map_support
@@ -43,7 +46,7 @@ class Reconstruction:
     timings
         Seconds of each step.
     path_taken
-        ``learned``, ``cg-sense`` or ``adjoint``: what the image really is.
+        ``learned``, ``cg-sense``, ``adjoint`` or ``root-sum-of-squares``: what the image really is.
     warning
         Why it is not what was asked for, or empty.
     remarks
@@ -72,7 +75,9 @@ class Reconstructor:
         Bytes that the network may take on the device, its data included; None sets no limit. A network that would need
         more is streamed through the volume plane by plane, with the same result.
     deadline
-        Seconds after which a learned reconstruction is given up.
+        Seconds after which a learned reconstruction is given up, and soon enough before that CG-SENSE can still be
+        ready by then. Where only the time for a zero-filled image is left, it is that; where the coil maps are late, it
+        is the root of the sum of squares of the zero-filled coil images.
     fallback
         Where the learned reconstruction fails or is late: give a conventional one, labelled, with a warning. Errors of
         the data (`MelError`) are raised in any case, for no method could help.
@@ -82,6 +87,10 @@ class Reconstructor:
         What conventional methods do about k-space that is one-sided (`melcore.preprocess.partial_fourier`): ``"zero"``
         leaves zeros and remarks on it, ``"homodyne"`` and ``"pocs"`` fill it after parallel imaging. A network knows
         the mask, and is left to fill it. The image's provenance says what was done.
+    map_timeout
+        Seconds for the estimation of coil maps, after which it fails; None for no limit but the deadline's.
+    cancel
+        When set from another thread, the reconstruction fails soon.
     """
 
     model: Bundle | str | Path
@@ -91,6 +100,8 @@ class Reconstructor:
     fallback: bool = True
     preparation: Preparation | None = None
     partial_fourier: Method = "zero"
+    map_timeout: float | None = None
+    cancel: threading.Event | None = None
     _plans: dict[tuple[int, ...], MemoryPlan] = field(init=False, default_factory=dict)
     bundle: Bundle | None = field(init=False, default=None)  #: the model, loaded; None for conventional methods
 
@@ -142,21 +153,36 @@ class Reconstructor:
         settings = self.preparation or (self.bundle.preparation if self.bundle else Preparation())
         if self.bundle is not None:
             _check_dimensions(self.bundle, k_space)
-        prepared = prepare(k_space, calibration=calibration, coil_maps=coil_maps, settings=settings)
+        try:
+            prepared = prepare(
+                k_space,
+                calibration=calibration,
+                coil_maps=coil_maps,
+                settings=settings,
+                timeout=min(filter(None, (self.deadline, self.map_timeout)), default=None),
+                cancel=self.cancel,
+            )
+        except ToolError as error:
+            if self.bundle is None or not self.fallback or not self._late(begin):
+                raise
+            return _without_maps(k_space, time.perf_counter() - begin, error)
         timings = {"prepare": time.perf_counter() - begin}
         path, warning = "learned", ""
         if self.bundle is None:
             path = str(self.model)
             image = _conventional(prepared, self.model)
         else:
+            spare = _seconds_of_cg_sense(prepared) if self.deadline is not None else 0.0
             try:
-                image = self._learned(self.bundle, prepared, begin)
+                image = self._learned(self.bundle, prepared, begin, spare)
             except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
-                if not self.fallback:
+                if not self.fallback or self._cancelled():
                     raise
-                path = "cg-sense"
-                warning = f"the learned reconstruction failed, this is CG-SENSE: {' '.join(str(error).split())}"
-                image = _conventional(prepared, "cg-sense")
+                # After the deadline nothing comes in time: then the better image is worth more than the quicker one.
+                path = "adjoint" if self._late(begin, spare) and not self._late(begin) else "cg-sense"
+                words = "CG-SENSE" if path == "cg-sense" else "the zero-filled image"
+                warning = f"the learned reconstruction failed, this is {words}: {' '.join(str(error).split())}"
+                image = _conventional(prepared, path)
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
         timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
@@ -176,16 +202,33 @@ class Reconstructor:
         timings["total"] = time.perf_counter() - begin
         return Reconstruction(Image(image, info), quality, timings, path, warning, remarks)
 
-    def _learned(self, bundle: Bundle, prepared: Prepared, begin: float) -> Tensor:
+    @contextlib.contextmanager
+    def room(self, _shape: Sequence[int]) -> Iterator[None]:
+        """Around a call, and all that is made for it: where several share a device, they wait for each other here.
+
+        Parameters
+        ----------
+        _shape
+            Of the data, as Gadgetron's buffers ``[RO, E1, E2, CHA, N, S, LOC]``.
+        """
+        yield
+
+    def _late(self, begin: float, spare: float = 0.0) -> bool:
+        return self.deadline is not None and time.perf_counter() - begin > self.deadline - spare
+
+    def _cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.is_set()
+
+    def _learned(self, bundle: Bundle, prepared: Prepared, begin: float, spare: float) -> Tensor:
         """The network's image, one element of the batch after the other, so that memory does not grow with slices."""
         images = []
         with torch.no_grad():
             for index in range(prepared.initial.shape[0]):
                 part = _element(prepared, index)
                 operator: LinearOperator = part.operator().to(self.device)
-                if self.deadline is not None:
-                    operator = _Watched(operator, begin, self.deadline)
-                bundle.model.memory = self._plan(bundle, part)
+                if self.deadline is not None or self.cancel is not None:
+                    operator = _Watched(operator, lambda: self._check_time(begin, spare))
+                bundle.model.memory = self._plan(part)
                 encoding = Encoding(operator, operator.adjoint(part.k_space.data.to(self.device)))
                 images.append(bundle.model.refine(encoding, part.initial.to(self.device)).cpu())
         image = torch.cat(images)
@@ -193,22 +236,45 @@ class Reconstructor:
             raise DataError("the network's image is not finite")
         return image
 
-    def _plan(self, bundle: Bundle, part: Prepared) -> MemoryPlan | None:
-        """How the network is executed for one element; found once for each shape of data."""
+    def _check_time(self, begin: float, spare: float) -> None:
+        if self._cancelled():
+            raise DeadlineExceededError("the reconstruction was cancelled")
+        if self._late(begin, spare):
+            elapsed = time.perf_counter() - begin
+            raise DeadlineExceededError(f"the deadline of {self.deadline:g} s could not be met, {elapsed:.1f} s passed")
+
+    def _plan(self, part: Prepared) -> MemoryPlan | None:
+        """How the network is executed for one element."""
         if self.memory is None:
             return None
-        _, coils, frames, *matrix = part.k_space.data.shape
-        key = (coils, frames, *matrix)
+        _, coils, frames, z, y, x = part.k_space.data.shape
+        sets, sampled_readout = part.coil_maps.data.shape[1], part.k_space.mask.shape[-1] == 1
+        return self.plan((z, y, x), coils, frames=frames, sets=sets, sampled_readout=sampled_readout)
+
+    def plan(
+        self, matrix: tuple[int, int, int], coils: int, *, frames: int = 1, sets: int = 1, sampled_readout: bool = True
+    ) -> MemoryPlan:
+        """How the network is executed for such data within `memory`; found once for each shape.
+
+        Raises
+        ------
+        ConfigError
+            If there is no network, or no limit of memory.
+        MemoryBudgetError
+            If the data do not fit.
+        """
+        if self.bundle is None or self.memory is None:
+            raise ConfigError("a plan needs a model bundle and a limit of memory.")
+        key = (coils, frames, *matrix, sets, int(sampled_readout), self.memory)
         if key not in self._plans:
-            z, y, x = matrix
             self._plans[key] = plan_inference(
-                bundle.model,
-                (z, y, x),
+                self.bundle.model,
+                matrix,
                 coils,
                 self.memory,
                 time=frames,
-                sets=part.coil_maps.data.shape[1],
-                sampled_readout=part.k_space.mask.shape[-1] == 1,
+                sets=sets,
+                sampled_readout=sampled_readout,
             )
         return self._plans[key]
 
@@ -246,26 +312,43 @@ def _element(prepared: Prepared, index: int) -> Prepared:
     return replace(prepared, k_space=k_space, coil_maps=maps, initial=prepared.initial[one], scale=prepared.scale[one])
 
 
+def _seconds_of_cg_sense(prepared: Prepared) -> float:
+    """How long CG-SENSE will take, from one application of its operator."""
+    operator = prepared.operator()
+    begin = time.perf_counter()
+    with torch.no_grad():
+        operator.normal(prepared.initial)
+    return 1.2 * _CG_ITERATIONS * (time.perf_counter() - begin)
+
+
+def _without_maps(k_space: KSpace, seconds: float, error: Exception) -> Reconstruction:
+    """Root of the sum of squares of the zero-filled coil images: all that can be had without coil maps."""
+    begin = time.perf_counter()
+    image = ifft(k_space.data * k_space.mask).abs().square().sum(1, keepdim=True).sqrt().to(torch.complex64)
+    warning = (
+        "the coil maps were not ready by the deadline, this is the root of the sum of squares of the zero-filled "
+        f"coil images: {' '.join(str(error).split())}"
+    )
+    rest = time.perf_counter() - begin
+    timings = {"prepare": seconds, "reconstruct": rest, "total": seconds + rest}
+    return Reconstruction(Image(image, k_space.info), {}, timings, "root-sum-of-squares", warning)
+
+
 class _Watched(LinearOperator):
-    """An operator that refuses to work after the deadline; every scheme applies it in each iteration."""
+    """An operator that may refuse to work; every scheme applies it in each iteration."""
 
-    def __init__(self, operator: LinearOperator, begin: float, seconds: float) -> None:
+    def __init__(self, operator: LinearOperator, check: Callable[[], None]) -> None:
         super().__init__(operator.domain, operator.codomain)
-        self.operator, self.begin, self.seconds = operator, begin, seconds
-
-    def _check_time(self) -> None:
-        elapsed = time.perf_counter() - self.begin
-        if elapsed > self.seconds:
-            raise DeadlineExceededError(f"the deadline of {self.seconds:g} s passed after {elapsed:.1f} s")
+        self.operator, self.check = operator, check
 
     def _forward(self, x: Tensor) -> Tensor:
-        self._check_time()
+        self.check()
         return self.operator(x)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        self._check_time()
+        self.check()
         return self.operator.adjoint(y)
 
     def _normal(self, x: Tensor) -> Tensor:
-        self._check_time()
+        self.check()
         return self.operator.normal(x)

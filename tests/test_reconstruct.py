@@ -1,5 +1,6 @@
 """From k-space to an image: right images, honest labels, and clear errors for data that cannot be used."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import torch
 
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, KSpace, ScanInfo
-from melcore.errors import ConfigError, DataError, ShapeError
-from melcore.physics import Sense, fft
+from melcore.errors import ConfigError, DataError, ShapeError, ToolError
+from melcore.physics import Sense, fft, ifft
 from melcore.preprocess.preparation import Preparation, prepare
-from melcore.reconstruct import Reconstructor
+from melcore.reconstruct import DeadlineExceededError, Reconstructor
 from melcore.unrolled import build
 from tests.laws import random, relative
 
@@ -165,10 +166,38 @@ class TestFallback:
         assert "CG-SENSE" in result.warning
         assert against_truth(result.image.data) < 0.05
 
-    def test_deadline(self) -> None:
-        result = Reconstructor(bundle(), deadline=1e-6)(exam())
+    def test_after_the_deadline_the_image_is_cg_sense(self) -> None:
+        maps = CoilMaps(smooth_maps(MATRIX, 6), source="known")
+        result = Reconstructor(bundle(), deadline=1e-6)(exam(), maps)
         assert result.path_taken == "cg-sense"
         assert "deadline of 1e-06 s" in result.warning
+
+    def test_shortly_before_the_deadline_only_the_zero_filled_image_is_ready(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("melcore.reconstruct._seconds_of_cg_sense", lambda _prepared: 2000.0)
+        result = Reconstructor(bundle(), deadline=1000.0)(exam())
+        assert result.path_taken == "adjoint"
+        assert "zero-filled" in result.warning
+        assert torch.equal(result.image.data, Reconstructor("adjoint")(exam()).image.data)
+
+    def test_maps_that_are_late(self) -> None:
+        result = Reconstructor(bundle(), deadline=1e-6)(exam(level=0))
+        assert result.path_taken == "root-sum-of-squares"
+        assert "coil maps were not ready" in result.warning
+        coil_images = ifft(exam(level=0).data)
+        assert relative(result.image.data, coil_images.abs().square().sum(1, keepdim=True).sqrt()) < 1e-6
+        with pytest.raises(ToolError, match="did not end within"):
+            Reconstructor("cg-sense", map_timeout=1e-6)(exam())
+
+    def test_cancelled(self) -> None:
+        cancel = threading.Event()
+        cancel.set()
+        maps = CoilMaps(smooth_maps(MATRIX, 6), source="known")
+        with pytest.raises(DeadlineExceededError, match="cancelled"):
+            Reconstructor(bundle(), cancel=cancel)(exam(), maps)
+        with pytest.raises(ToolError, match="cancelled"):
+            Reconstructor("cg-sense", cancel=cancel)(exam())
 
     def test_may_be_refused(self) -> None:
         with pytest.raises(DataError, match="NaN"):

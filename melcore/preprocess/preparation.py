@@ -4,6 +4,7 @@ Coils are compressed, sensitivity maps estimated by BART, the data scaled, and a
 setting that a model bundle records, so that a network sees at the scanner what it saw in training.
 """
 
+import threading
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,6 +94,8 @@ def prepare(
     calibration: KSpace | None = None,
     coil_maps: CoilMaps | None = None,
     settings: Preparation = Preparation(),
+    timeout: float | None = None,
+    cancel: threading.Event | None = None,
 ) -> Prepared:
     """Prepare whitened k-space for reconstruction.
 
@@ -106,6 +109,8 @@ def prepare(
         Maps of the coils as they are; then neither compression nor estimation takes place.
     settings
         See `Preparation`.
+    timeout, cancel
+        Of the estimation of the maps, in s, and to stop it from another thread; then it fails with `ToolError`.
 
     Raises
     ------
@@ -132,6 +137,8 @@ def prepare(
             sets=settings.map_sets,
             calibration_size=settings.calibration_size,
             crop=settings.map_crop,
+            timeout=timeout,
+            cancel=cancel,
         )
     region = calibration_region(source.mask, source.data.shape)
     scale = image_scale(source.data, coil_maps.data, region)
