@@ -26,6 +26,7 @@ from melcore import layout
 from melcore.bundle import Bundle
 from melcore.io import bart
 from training.data import Example
+from training.problem import Problem, place
 from training.validation import cg_sense, judge, learned, zero_filled
 
 CG_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -43,22 +44,22 @@ def scans(data: Path) -> Iterator[tuple[str, RealScan]]:
     yield from (("modl_2dt", beating_heart(data, acceleration)) for acceleration in (4, 8, 12))
 
 
-def best(candidates: Sequence[tuple[str, Callable[[], Tensor]]], example: Example) -> Best:
+def best(candidates: Sequence[tuple[str, Callable[[], Tensor]]], truth: Example | Problem) -> Best:
     """The candidate of the lowest NRMSE: its name, image and figures."""
     tried = []
     for name, reconstruct in candidates:
         image = reconstruct()
-        tried.append((name, image, judge(image, example)))
+        tried.append((name, image, judge(image, truth)))
     return min(tried, key=lambda entry: entry[2]["nrmse_db"])
 
 
 def best_cg_sense(
-    example: Example, weights: Sequence[float] = CG_WEIGHTS, iterations: Sequence[int] = CG_ITERATIONS
+    problem: Problem, weights: Sequence[float] = CG_WEIGHTS, iterations: Sequence[int] = CG_ITERATIONS
 ) -> Best:
     """CG-SENSE with the best weight, or with the best number of iterations at a negligible weight."""
-    candidates = [(f"weight {w:g}", lambda w=w: cg_sense(example, 40, w)) for w in weights]
-    candidates += [(f"{n} iterations", lambda n=n: cg_sense(example, n, 1e-5)) for n in iterations]
-    return best(candidates, example)
+    candidates = [(f"weight {w:g}", lambda w=w: cg_sense(problem, 40, w)) for w in weights]
+    candidates += [(f"{n} iterations", lambda n=n: cg_sense(problem, n, 1e-5)) for n in iterations]
+    return best(candidates, problem)
 
 
 def pics(example: Example, regularisers: Sequence[str], iterations: int = 100) -> Tensor:
@@ -85,11 +86,12 @@ def best_pics(example: Example, kinds: Sequence[str], weights: Sequence[float] =
 def compare(bundle: Bundle, scan: RealScan) -> tuple[Example, dict[str, Best]]:
     """All methods on one scan."""
     example = scan.example(bundle.preparation)
+    problem = place(example)
     with torch.no_grad():
-        image = learned(bundle.model)(example)
+        image = learned(bundle.model)(problem)
         methods = {
-            "zero-filled": best([("", lambda: zero_filled(example))], example),
-            "CG-SENSE": best_cg_sense(example),
+            "zero-filled": best([("", lambda: zero_filled(problem))], problem),
+            "CG-SENSE": best_cg_sense(problem),
         }
     if example.truth.shape[2] > 1:
         methods["pics temporal TV + wavelet"] = best_pics(example, ["T:1024:0", "W:3:0"], (0.01, 0.02, 0.04))

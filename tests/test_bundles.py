@@ -11,6 +11,7 @@ from melcore.bundle import Bundle, shipped
 from melcore.reconstruct import Reconstructor
 from tests.cases import shared
 from training.config import load
+from training.problem import place
 from training.validation import judge, learned, zero_filled
 
 NAMES = ("modl_2d", "modl_3d", "modl_2dt")
@@ -44,11 +45,11 @@ def test_bundles_come_from_the_committed_configurations(name: str) -> None:
 
 def compare(bundle: Bundle, scan: RealScan) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Figures of the learned, the best CG-SENSE and the zero-filled reconstruction."""
-    example = scan.example(bundle.preparation)
+    problem = place(scan.example(bundle.preparation))
     with torch.no_grad():
-        figures = judge(learned(bundle.model)(example), example)
-        sense = best_cg_sense(example, weights=(0.003, 0.01, 0.03, 0.1), iterations=(5, 10))
-        return figures, sense[2], judge(zero_filled(example), example)
+        figures = judge(learned(bundle.model)(problem), problem)
+        sense = best_cg_sense(problem, weights=(0.003, 0.01, 0.03, 0.1), iterations=(5, 10))
+        return figures, sense[2], judge(zero_filled(problem), problem)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_the_reconstructor_gives_the_same_image() -> None:
     scan, bundle = measured_brains(shared("data"))[2], Bundle.load("modl_2d")
     example = scan.example(bundle.preparation)
     with torch.no_grad():
-        image = learned(bundle.model)(example) * example.support * example.prepared.scale.view(-1, 1, 1, 1, 1, 1)
+        image = learned(bundle.model)(place(example)) * example.support * example.prepared.scale.view(-1, 1, 1, 1, 1, 1)
     reconstruction = Reconstructor(bundle, device="cpu")(scan.k_space)
     assert reconstruction.path_taken == "learned"
     torch.testing.assert_close(reconstruction.image.data, image, rtol=1e-4, atol=float(image.abs().max()) * 1e-5)

@@ -56,16 +56,6 @@ class Example:
         """Where the maps are not zero, ``(batch, set, 1, z, y, x)``."""
         return self.prepared.coil_maps.data.abs().sum(2) > 0
 
-    def to(self, device: torch.device) -> "Example":
-        """The example on a device."""
-        if device == self.truth.device:
-            return self
-        p = self.prepared
-        k_space = replace(p.k_space, data=p.k_space.data.to(device), mask=p.k_space.mask.to(device))
-        maps = replace(p.coil_maps, data=p.coil_maps.data.to(device))
-        prepared = replace(p, k_space=k_space, coil_maps=maps, scale=p.scale.to(device), initial=p.initial.to(device))
-        return Example(prepared, self.truth.to(device))
-
 
 def make_example(scan: Scan, settings: Preparation) -> Example:
     """Prepare a simulated scan as the scanner's data are prepared, and its target with the same maps and scale.

@@ -161,6 +161,7 @@ def _signals(trainer: "Trainer") -> Iterator[list[int]]:
 
 def _observe(trainer: "Trainer", board: Any, bar: "tqdm[Any]") -> None:
     """Connect the trainer with TensorBoard and the progress bar."""
+    from training.problem import place
     from training.validation import learned, live_channels, zero_filled
 
     smooth: dict[str, float] = {}
@@ -177,13 +178,13 @@ def _observe(trainer: "Trainer", board: Any, bar: "tqdm[Any]") -> None:
         for name, values in metrics.items():
             for key, value in values.items():
                 board.add_scalar(f"validation/{key}/{name}", value, step)
-        example = trainer.validation[0].to(trainer.device)
-        alive = live_channels(trainer.model, example)
+        problem = place(trainer.validation[0], trainer.device)
+        alive = live_channels(trainer.model, problem)
         board.add_scalar("training/live_channels", alive, step)
         if alive < 0.5:
             bar.write(f"step {step}: only {alive:.0%} of the channels are alive: lower the learning rate", sys.stderr)
         with torch.no_grad():
-            shown = [example.truth, zero_filled(example), learned(trainer.model)(example)]
+            shown = [problem.truth, zero_filled(problem), learned(trainer.model)(problem)]
         error = 5 * (shown[2] - shown[0]).abs()
         rows = torch.cat([_slice(image) for image in (*shown, error)], dim=1)
         board.add_image("validation/truth, zero-filled, learned, error x 5", rows.clamp(max=1)[None], step)

@@ -17,6 +17,7 @@ from melcore.unrolled import Unrolled, build
 from training import checkpoint
 from training.config import Config
 from training.data import Example, window_readout
+from training.problem import Problem, place
 from training.validation import Metrics, evaluate
 
 
@@ -222,18 +223,19 @@ class Trainer:
         total, seed = 0.0, self.config.training.seed * 1_000_003 + self.step
         for member, index in enumerate(members):
             generator = torch.Generator().manual_seed(seed * 64 + member)
-            example = crop(self.examples[index], self.config.training.readout_window, generator).to(self.device)
-            loss = self._loss(example, random_factor(self.config.training.scale_jitter, generator)) / len(members)
+            example = crop(self.examples[index], self.config.training.readout_window, generator)
+            problem = place(example, self.device, random_factor(self.config.training.scale_jitter, generator))
+            del example
+            loss = self._loss(problem) / len(members)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 
-    def _loss(self, example: Example, factor: complex) -> Tensor:
-        prepared = example.prepared
-        image = self.model(prepared.k_space.data * factor, prepared.operator(), initial=prepared.initial * factor)
-        loss = self.loss(image, example.truth * factor, example.support)
+    def _loss(self, problem: Problem) -> Tensor:
+        image = self.model.refine(problem.encoding, problem.initial)
+        loss = self.loss(image, problem.truth, problem.support)
         if self.config.loss.relative_to_start:
-            loss = loss / self.loss(prepared.initial, example.truth, example.support)
+            loss = loss / self.loss(problem.initial, problem.truth, problem.support)
         return loss
 
     def validate(self) -> Metrics:

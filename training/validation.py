@@ -6,43 +6,44 @@ import torch
 from torch import Tensor, nn
 
 from melcore.learning import decibels, nrmse, psnr, ssim
-from melcore.preprocess.preparation import start_image
+from melcore.physics import conjugate_gradient
 from melcore.unrolled import Unrolled
 from training.data import Example
+from training.problem import Problem, place
 
 Metrics = dict[str, dict[str, float]]  #: of each method: nrmse_db, psnr_db, ssim
-Method = Callable[[Example], Tensor]
+Method = Callable[[Problem], Tensor]
 
 
-def zero_filled(example: Example) -> Tensor:
+def zero_filled(problem: Problem) -> Tensor:
     """Adjoint of the data: every sample that was not taken is zero."""
-    return example.prepared.operator().adjoint(example.prepared.k_space.data)
+    return problem.encoding.adjoint_data
 
 
-def cg_sense(example: Example, iterations: int = 30, weight: float = 0.02) -> Tensor:
+def cg_sense(problem: Problem, iterations: int = 30, weight: float = 0.02) -> Tensor:
     """CG-SENSE with a light quadratic penalty, frame by frame."""
-    prepared = example.prepared
-    return start_image(prepared.k_space, prepared.coil_maps, from_average=False, iterations=iterations, weight=weight)
+    normal = problem.encoding.operator.normal
+    solution = conjugate_gradient(
+        lambda v: normal(v) + weight * v,
+        problem.encoding.adjoint_data,
+        relative_tolerance=1e-5,
+        max_iterations=iterations,
+    )
+    return solution.value
 
 
 def learned(model: Unrolled) -> Method:
     """The model's reconstruction."""
-
-    def reconstruct(example: Example) -> Tensor:
-        prepared = example.prepared
-        image: Tensor = model(prepared.k_space.data, prepared.operator(), initial=prepared.initial)
-        return image
-
-    return reconstruct
+    return lambda problem: model.refine(problem.encoding, problem.initial)
 
 
-def judge(image: Tensor, example: Example) -> dict[str, float]:
+def judge(image: Tensor, problem: Problem | Example) -> dict[str, float]:
     """NRMSE (complex), PSNR and SSIM (magnitude), in the support of the maps."""
-    volume = min(image.shape[-3:]) > 1
+    volume, support = min(image.shape[-3:]) > 1, problem.support
     return {
-        "nrmse_db": float(decibels(nrmse(image, example.truth, example.support)).mean()),
-        "psnr_db": float(psnr(image, example.truth, example.support).mean()),
-        "ssim": float(ssim(image, example.truth, example.support, dimensions=3 if volume else 2).mean()),
+        "nrmse_db": float(decibels(nrmse(image, problem.truth, support)).mean()),
+        "psnr_db": float(psnr(image, problem.truth, support).mean()),
+        "ssim": float(ssim(image, problem.truth, support, dimensions=3 if volume else 2).mean()),
     }
 
 
@@ -64,12 +65,12 @@ def evaluate(
     model.eval()
     methods: dict[str, Method] = {"learned": learned(model)}
     if not known:
-        methods |= {"zero_filled": zero_filled, "cg_sense": cg_sense, "start": lambda example: example.prepared.initial}
+        methods |= {"zero_filled": zero_filled, "cg_sense": cg_sense, "start": lambda problem: problem.initial}
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for index in range(len(examples)):
-        example = examples[index].to(device)
+        problem = place(examples[index], device)
         for name, method in methods.items():
-            collected[name].append(judge(method(example), example))
+            collected[name].append(judge(method(problem), problem))
     means = {
         name: {key: sum(entry[key] for entry in entries) / len(entries) for key in entries[0]}
         for name, entries in collected.items()
@@ -78,7 +79,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def live_channels(model: Unrolled, example: Example) -> float:
+def live_channels(model: Unrolled, problem: Problem) -> float:
     """Fraction of the channels, over all layers that have an activation, whose output varies over an image.
 
     Channels die when a step of the optimiser throws them where their gradient vanishes; a learning rate or an
@@ -95,7 +96,7 @@ def live_channels(model: Unrolled, example: Example) -> float:
         layers = list(getattr(iteration.regulariser, "layers", []))
         hooks += [layer.register_forward_hook(look) for layer in layers[:-1]]
     try:
-        learned(model)(example)
+        learned(model)(problem)
     finally:
         for hook in hooks:
             hook.remove()

@@ -246,23 +246,55 @@ class Costs:
                 if executors.why_not(name, regulariser) is None
             ]
         for states in ("device", "host"):
-            for hold, keep in ((True, False), (True, True), (False, False)):
+            for hold in (True, False):
                 for small in smallest:
-                    entry = replace(small, states=states, hold_physics=hold, keep_input=keep)
-                    yield MemoryPlan((entry,) * count)
+                    entry = replace(small, states=states, hold_physics=hold)
+                    yield self._lightest(MemoryPlan((entry,) * count), count) if hold else MemoryPlan((entry,) * count)
         for slots in range(min(4, count - 1), -1, -1):
             for small in smallest:
                 entry = replace(small, states="slots", hold_physics=False)
                 yield MemoryPlan((entry,) * count, slots=slots)
 
+    def _lightest(self, plan: MemoryPlan, first: int) -> MemoryPlan:
+        """The plan in which as many of the `first` iterations keep their inputs, the last ones first, as is lightest.
+
+        An input that is kept costs an image, but then the record of the physics need not wait while the network is
+        differentiated. That pays for the last iterations, whose backward runs while most states are still there.
+        Neither takes time.
+        """
+        entries = plan.iterations
+        inputs = [replace(entry, keep_input=True) for entry in entries]
+        plans = (
+            replace(plan, iterations=(*entries[:start], *inputs[start:first], *entries[first:]))
+            for start in range(first, -1, -1)
+        )
+        return min(plans, key=self.peak)
+
     def upgrades(self, base: MemoryPlan) -> Iterator[MemoryPlan]:
         """The base with more and more of its last iterations keeping what they can, most first."""
-        regulariser = self.iteration.regulariser
-        keeps = executors.why_not("keep", regulariser) is None
-        entry = IterationPlan("keep", chunk=32, keep_input=True) if keeps else IterationPlan("plain")
-        for last in range(self.count, 0, -1):
-            yield replace(base, iterations=(*base.iterations[: self.count - last], *(entry,) * last))
+        first_entry, hold = base.iterations[0], base.iterations[0].hold_physics
+        for last in range(self.count, -1, -1):
+            for kept in self._keeping(last):
+                first = self.count - len(kept)
+                small = (replace(first_entry, keep_input=False),) * first
+                plan = replace(base, iterations=(*small, *kept))
+                yield self._lightest(plan, first) if hold else plan
         yield base
+
+    def _keeping(self, last: int) -> Iterator[tuple[IterationPlan, ...]]:
+        """So many iterations that keep all activations, behind one that keeps a few; from many to few."""
+        regulariser = self.iteration.regulariser
+        if executors.why_not("keep", regulariser) is not None:
+            if last:
+                yield (IterationPlan("plain"),) * last
+            return
+        whole = IterationPlan("keep", chunk=32, keep_input=True)
+        if last < self.count:
+            # Of the signals between the layers the first is never kept.
+            for layers in range(len(regulariser.layers) - 3, 0, -1):  # type: ignore[arg-type]
+                yield (replace(whole, kept_layers=layers), *(whole,) * last)
+        if last:
+            yield (whole,) * last
 
 
 def choose(costs: Costs, budget: int, *, host: bool = True, margin: float = MARGIN) -> MemoryPlan:

@@ -125,11 +125,13 @@ class Sense(LinearOperator):
         return torch.cat(groups, dim=1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        image = y.new_zeros(self.domain)
-        for coils in self._coils():
+        device = self.coil_maps.device
+        image = y.new_zeros(self.domain, device=device)
+        # k-space may stay on the host: then its coils come over one by one.
+        for coils in self._coils() if y.device == device else _groups(self.codomain[1], 1):
             for frames in self._frames():
                 maps, mask = self._of(coils, frames)
-                k_space = self._outer(y[:, coils, frames], mask, conjugate=True)
+                k_space = self._outer(y[:, coils, frames].to(device), mask, conjugate=True)
                 image[:, :, frames] += self._combine(k_space, maps, self._axes)
         return image
 
