@@ -94,4 +94,4 @@ def _serve(wire: Any, connection: Any, name: str) -> None:
     where = f"external node gadgets.{name}"
     stage = STAGES[name].bind(properties(connection.config, where), where)
     for message in stage(iter(wire), parse_header(connection.raw_bytes.header)):
-        wire.send(message)
+        wire.send_soon(message)

@@ -2,6 +2,8 @@
 
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -199,6 +201,60 @@ def test_large_array_is_sent_and_received_whole_against_back_pressure():
     right.close()
 
 
+def test_messages_kept_are_not_overwritten_by_later_ones():
+    """Readouts are views into received blocks: several blocks' worth of them, all alive at once."""
+    rng = np.random.default_rng(12)
+    sent = [_acquisition(rng, 7, 199 + index % 5, index % 3) for index in range(300)]
+    found = messages(b"".join(map(_bytes, sent)))
+    for one, other in zip(found, sent, strict=True):
+        assert one.header.tobytes() == other.header.tobytes()
+        np.testing.assert_array_equal(one.trajectory, other.trajectory)
+        np.testing.assert_array_equal(one.data, other.data)
+        one.data[...] = 0  # writable, and of nobody else
+    for one, other in zip(found, sent, strict=True):
+        assert not one.data.any()
+        assert one.header.tobytes() == other.header.tobytes()
+
+
+def test_what_is_sent_soon_is_sent_before_waiting_and_in_order():
+    rng = np.random.default_rng(13)
+    left, right = socket.socketpair()
+    peer, wire = Wire(left, message_timeout=5), Wire(right, message_timeout=5)
+
+    def echo():
+        for message in wire:
+            wire.send_soon(message)
+        wire.close()
+
+    thread = threading.Thread(target=echo)
+    thread.start()
+    image, sent, found = _image(rng), [], []
+    # Each round waits for the answer to the round before: whatever was held back would end it.
+    for count in (1, 3, 40, 2):
+        batch = [*(_acquisition(rng) for _ in range(count)), image, _acquisition(rng)]
+        peer._send_parts([_bytes(message) for message in batch], count)
+        found += [peer.read() for _ in batch]
+        sent += batch
+    peer._send(Close())
+    assert peer.read() == Close()
+    thread.join(10)
+    assert not thread.is_alive()
+    left.close()
+    assert b"".join(map(_bytes, found)) == b"".join(map(_bytes, sent))
+
+
+def test_what_is_sent_soon_is_sent_at_the_end_and_on_failure():
+    rng = np.random.default_rng(14)
+    for end, wanted in ((Wire.close, [Acquisition, Close]), (lambda w: w.fail("no"), [Acquisition, Error, Close])):
+        left, right = socket.socketpair()
+        peer, wire = Wire(left), Wire(right)
+        wire.send_soon(_acquisition(rng))
+        peer._send(Close())
+        end(wire)
+        assert [type(peer.read()) for _ in wanted] == wanted
+        left.close()
+
+
 @pytest.mark.parametrize("dtype", ["<i2", "i1"])
 def test_small_signed_images_become_float_because_servers_know_no_signed_ones(dtype):
     image = _image(np.random.default_rng(6), dtype)
@@ -316,6 +372,60 @@ def test_failing_takes_all_input_first_then_sends_error_and_close():
     with pytest.raises(TransportError, match="without CLOSE"):
         peer.read()
     left.close()
+
+
+def test_failing_finds_the_end_of_large_buckets_too():
+    """Their headers say how long the rest is: these must be read although nothing is kept."""
+    rng = np.random.default_rng(15)
+    readouts = [_acquisition(rng, 1, 3, index % 2) for index in range(900)]
+    left, right = socket.socketpair()
+    peer, wire = Wire(left), Wire(right)
+
+    def serve():
+        peer._send(AcquisitionBucket(readouts, readouts[:800]))
+        peer._send(Close())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    wire.fail("enough", patience=0.1)
+    assert wire.finished
+    thread.join()
+    assert peer.read() == Error("enough")
+    left.close()
+
+
+def test_a_message_too_large_for_the_memory_is_told_and_the_next_one_read():
+    """In a process of its own, whose address space is limited."""
+    program = """
+import resource, socket, struct, sys, threading
+import numpy as np
+from gadgets.messages import Close, Error
+from gadgets.wire import Wire
+from melcore.errors import DataError
+left, right = socket.socketpair()
+wire, peer = Wire(left), Wire(right)
+size = 96 << 20
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+def serve():
+    dims = struct.pack("<8Q", 7, size // 8, 1, 1, 1, 1, 1, 1)
+    right.sendall(struct.pack("<HQ", 1023, 1) + dims)
+    for _ in range(size >> 20):
+        right.sendall(bytes(1 << 20))
+    right.sendall(bytes(2) + struct.pack("<Q", 0) + bytes(57))
+    peer._send(Error("next"))
+    peer._send(Close())
+threading.stack_size(1 << 18)
+thread = threading.Thread(target=serve); thread.start()
+try:
+    wire.read()
+except DataError as error:
+    print(error)
+print(wire.read().text)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "no memory" in found.stdout, found.stderr
+    assert found.stdout.endswith("next\n")
 
 
 def test_failing_over_garbage_still_tells_why():
