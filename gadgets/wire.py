@@ -7,25 +7,22 @@ socket over. Small messages are views into a large received block, without a cop
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gadgets.decode import Bytes, TransportError, read_message
+from gadgets.decode import TransportError, read_message
 from gadgets.encode import Part, byte_count, message_parts
-from gadgets.messages import Acquisition, Array, Close, Error, Message, Text
+from gadgets.messages import Acquisition, Close, Error, Message, Text
+from gadgets.receiver import Receiver, limit_waiting
 from melcore.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 20  # bytes asked for at once
-_IN_PLACE = 1 << 18  # arrays from this size on are received where they will stay
 _IOV_MAX = 1024
 _TOGETHER = 16  # readouts sent at once
 _GIB = 1 << 30
@@ -55,20 +52,13 @@ class Wire:
         self.finished = False  #: the other side has sent CLOSE
         self._socket = connection
         self._timeout = message_timeout
-        self._largest = largest_array
-        self._block = np.empty(_BLOCK, np.uint8).data
-        self._start = self._stop = 0
+        self._receiver = Receiver(connection, message_timeout, largest_array, self.flush)
         self._lost = False  # the reading side can no longer tell where a message begins
         self._broken = False  # the writing side stopped within a message
         self._closed = False
-        self._draining = False  # messages are read for their ends alone
-        self._too_large = ""  # what of the current message was dropped
-        self._longest_pause = math.inf  # between messages
         self._pending: list[Part] = []  # of `send_soon`
         self._pending_messages = 0
-        # Python's own time-outs cost a poll for each call; the kernel's cost nothing.
-        connection.settimeout(None)
-        self._limit(message_timeout)
+        limit_waiting(connection, message_timeout)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -85,52 +75,10 @@ class Wire:
         connection.socket = wire
         return wire
 
-    # Reading: the `Source` of gadgets.decode.
-
-    def window(self, size: int) -> tuple[Bytes, int]:
-        """Return a block with the next `size` bytes, and where they begin in it; stay before them."""
-        if self._start + size > self._stop:
-            self._fill(size)
-        return self._block, self._start
-
-    def take(self, size: int) -> tuple[Bytes, int]:
-        """As `window`, and move on."""
-        start = self._start
-        if start + size > self._stop:
-            self._fill(size)
-            start = self._start
-        self._start = start + size
-        return self._block, start
-
-    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
-        """Read a structure."""
-        return layout.unpack_from(*self.take(layout.size))
-
-    def array(self, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
-        """Read an array of its own in Fortran order; a large one is received in place."""
-        count = math.prod(shape)
-        size = count * dtype.itemsize
-        if size > self._largest:
-            raise TransportError(
-                f"an array {tuple(shape)} of {size / _GIB:.1f} GiB is announced, more than the "
-                f"{self._largest / _GIB:.1f} GiB that are accepted: the stream lost its place."
-            )
-        # Records are kept in any case: they say how long the rest of their message is.
-        if (self._draining or self._too_large) and size >= _IN_PLACE and dtype.names is None:
-            return self._drop(size, dtype, shape)
-        try:
-            result = np.empty(count, dtype)
-        except MemoryError:
-            self._too_large = f"an array {tuple(shape)} of {size / _GIB:.2f} GiB"
-            return self._drop(size, dtype, shape)
-        target = result.view(np.uint8)
-        buffered = min(size, self._stop - self._start) if size >= _IN_PLACE else size
-        block, start = self.take(buffered)
-        target.data[:buffered] = block[start : start + buffered]
-        missing = target.data[buffered:]
-        while missing:
-            missing = missing[self._receive(missing) :]
-        return result.reshape(tuple(shape), order="F")
+    @property
+    def buffered(self) -> int:
+        """Bytes that were received and belong to messages not yet read."""
+        return self._receiver.buffered
 
     def read(self) -> Message:
         """Wait for the next message, however long that takes.
@@ -143,19 +91,21 @@ class Wire:
             If there is no memory for the message; the next one can be read.
         """
         try:
-            if self._start == self._stop:
-                self._fill(1, idle=True)
-            message = read_message(self)
+            self._receiver.wait()
+            message = read_message(self._receiver)
         except (ValueError, struct.error) as error:
             self._lost = True
             raise TransportError(f"a message contradicts itself ({error}): the stream lost its place.") from error
+        except TransportError as error:
+            self._lost = True
+            raise TransportError(f"after {self.received} messages: {error}") from error
         except BaseException:
             self._lost = True
             raise
         self.received += 1
         self.finished = isinstance(message, Close)
-        if self._too_large:
-            what, self._too_large = self._too_large, ""
+        if what := self._receiver.too_large:
+            self._receiver.too_large = ""
             raise DataError(f"{what} arrived, for which there is no memory: reconstruct a smaller matrix, or add some.")
         return message
 
@@ -168,52 +118,6 @@ class Wire:
                 _log.info("the other side says: %s", message.text)
                 continue
             yield message
-
-    def _fill(self, size: int, *, idle: bool = False) -> None:
-        """Have at least `size` bytes from `_start` on in one block; views of old blocks keep these alive."""
-        if size > self._largest:
-            raise TransportError(f"{size} bytes are announced, more than is accepted: the stream lost its place.")
-        if self._start + size > len(self._block):
-            left = self._stop - self._start
-            # What is dropped may be overwritten, where memory may be what is lacking.
-            reuse = self._draining and size <= len(self._block)
-            block = self._block if reuse else np.empty(max(_BLOCK, size), np.uint8).data
-            block[:left] = self._block[self._start : self._stop]
-            self._block, self._start, self._stop = block, 0, left
-        while self._stop - self._start < size:
-            self._stop += self._receive(self._block[self._stop :], idle=idle)
-
-    def _receive(self, target: memoryview, *, idle: bool = False) -> int:
-        """Receive something; `idle` between messages, where a scan may pause."""
-        silent = 0.0
-        self.flush()
-        while True:
-            try:
-                count = self._socket.recv_into(target)
-            except BlockingIOError as error:  # the receive time-out has passed
-                silent += self._timeout
-                if idle and silent < self._longest_pause:
-                    continue
-                where = "between messages" if idle else "within a message"
-                raise TransportError(f"the other side stopped {where} for {silent:g} s.") from error
-            except OSError as error:
-                raise TransportError(f"the connection broke after {self.received} messages: {error}.") from error
-            if count == 0:
-                raise TransportError(f"the other side is gone: it ended after {self.received} messages without CLOSE.")
-            return count
-
-    def _drop(self, size: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
-        """Skip the bytes of an array; zeros that need no memory stand for it."""
-        buffered = min(size, self._stop - self._start)
-        self._start += buffered
-        size -= buffered
-        # Not the block: messages may still refer to it.
-        bin_ = memoryview(bytearray(min(size, 1 << 16)))
-        while size:
-            size -= self._receive(bin_[:size])
-        return np.broadcast_to(np.zeros((), dtype), tuple(shape))
-
-    # Writing.
 
     def send(self, message: Message) -> None:
         """Send a message; large arrays are not copied.
@@ -309,36 +213,19 @@ class Wire:
                 # Closing with unread input resets the connection, which takes the error text along.
                 self._socket.shutdown(socket.SHUT_WR)
                 if self._lost:
-                    self._swallow(min(patience, 1.0))
+                    self._receiver.swallow(min(patience, 1.0))
         self._closed = True
         self._socket.close()
 
     def _drain(self, patience: float) -> None:
-        self._draining = True
+        self._receiver.draining = True
         # The scan may go on for long, but a peer that says nothing at all does not keep this process for ever.
-        self._longest_pause = _LONGEST_PAUSE
+        self._receiver.longest_pause = _LONGEST_PAUSE
         while not self.finished and not self._lost:
             with contextlib.suppress(TransportError, DataError, MemoryError):
                 self.read()
         if not self.finished:
-            self._swallow(patience)
-
-    def _swallow(self, patience: float, most: float = 60.0) -> None:
-        end = time.monotonic() + most
-        self._limit(patience)
-        try:
-            while time.monotonic() < end and self._socket.recv_into(self._block):
-                pass
-        finally:
-            self._limit(self._timeout)
-
-    def _limit(self, seconds: float) -> None:
-        """Let the kernel end a blocking call after so many seconds without progress."""
-        whole = int(seconds)
-        # 0 would mean no limit at all.
-        interval = struct.pack("@ll", whole, max(int((seconds - whole) * 1e6), int(whole == 0)))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+            self._receiver.swallow(patience)
 
 
 def _off_standard_streams(connection: socket.socket) -> socket.socket:

@@ -46,7 +46,7 @@ def messages(raw: bytes) -> list[Message]:
             try:
                 found.append(wire.read())
             except TransportError:
-                if wire._start != wire._stop:
+                if wire.buffered:
                     raise
                 break  # a recording of a module that died
         return found
