@@ -22,9 +22,12 @@ from melcore.bundle import Bundle
 from melcore.cli import main
 from melcore.data import CoilMaps, KSpace, ScanInfo
 from melcore.errors import ConfigError, DataError, MemoryBudgetError
+from melcore.memory import MemoryPlan
+from melcore.memory.meter import Meter
 from melcore.physics import Sense
 from melcore.preprocess.calibration import calibration_region
 from melcore.preprocess.preparation import Preparation, prepare
+from melcore.unrolled import build
 from training import checkpoint
 from training.config import Config, load, parse
 from training.data import (
@@ -362,6 +365,46 @@ def test_a_memory_budget_becomes_a_plan(tmp_path: Path) -> None:
         Trainer(tiny(tmp_path, memory={"budget": "20KiB"}), examples, examples)
     with pytest.raises(ConfigError, match="12 apples"):
         tiny(tmp_path, memory={"budget": "12 apples"})
+
+
+def test_a_resumed_training_keeps_the_plan_that_it_was_demoted_to(tmp_path: Path) -> None:
+    """Another plan would round differently, and the one before ran out of memory."""
+    examples = [phantom(0)]
+    config = tiny(tmp_path, memory={"budget": "1GiB"})
+    first, second = Trainer(config, examples, examples), Trainer(config, examples, examples)
+    demoted = MemoryPlan.uniform("stream", 2, chunk=4, keep_input=True)
+    first.model.memory = demoted.with_prediction(1 << 20, 1.3, ["after an out-of-memory error"])
+    first.train_step()
+    first.save()
+    second.resume()
+    assert second.model.memory == first.model.memory
+    other = Trainer(tiny(tmp_path, memory={"executor": "store"}), examples, examples)
+    other.resume()
+    assert other.model.memory == MemoryPlan.uniform("store", 2)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 1.1])
+def test_a_real_step_takes_what_was_planned(tmp_path: Path, part: float) -> None:
+    """What `mel plan` predicts is what the trainer holds at its peak, optimiser and inputs included."""
+    matrix = (20, 26, 40)
+    model = {"iterations": 5, "regulariser": {"name": "resnet", "dimensions": 3, "channels": 16, "layers": 4}}
+    data = {"dimensions": "3d", "z": [20, 20], "y": [26, 26], "x": [40, 40], "coils": [3, 3]}
+    sections = {"model": model, "data": data, "preparation": {"coils": 3}}
+    plain = tiny(tmp_path, **sections, memory={"budget": "1GiB"})
+    whole = plain.to_memory_plan(build(plain.model)).predicted_peak_bytes
+    assert whole is not None
+    budget = round(part * whole)
+    example = phantom(0, shape=(1, *matrix))
+    trainer = Trainer(tiny(tmp_path, **sections, memory={"budget": str(budget)}), [example], [example])
+    predicted = trainer.model.memory.predicted_peak_bytes
+    trainer.train_step()  # the optimiser makes its moments
+    with Meter() as meter:
+        moments = [v for entry in trainer.optimiser.state.values() for v in entry.values() if torch.is_tensor(v)]
+        meter.hold(*trainer.model.parameters(), *moments)
+        meter.restart()
+        trainer.train_step()
+    assert meter.peak <= predicted <= budget
+    assert meter.peak == pytest.approx(predicted, rel=0.1)
 
 
 def test_only_the_regulariser_learns_at_first(tmp_path: Path) -> None:

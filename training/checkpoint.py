@@ -23,6 +23,7 @@ class Progress:
     seconds: float  #: spent training, over all sessions
     config: Mapping[str, Any]
     history: tuple[Mapping[str, float], ...] = ()  #: validation metrics
+    memory: Mapping[str, Any] | None = None  #: the memory plan; another one would round differently
 
 
 def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
@@ -46,6 +47,7 @@ def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progres
                 "seconds": progress.seconds,
                 "config": dict(progress.config),
                 "history": [dict(entry) for entry in progress.history],
+                "memory": progress.memory,
             }
         ),
     }

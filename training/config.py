@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from melcore.errors import ConfigError, DataError, unknown
-from melcore.memory import EXECUTORS, MemoryPlan
+from melcore.memory import EXECUTORS, MemoryPlan, calibrate
 from melcore.preprocess.preparation import Preparation
 from melcore.units import parse_bytes
 from melcore.unrolled import Unrolled, build
@@ -157,8 +157,11 @@ class Config(Settings):
         """The settings of `melcore.preprocess.preparation.prepare`."""
         return Preparation(**self.preparation.model_dump())
 
-    def to_memory_plan(self, model: Unrolled) -> MemoryPlan:
-        """The plan for the model and the largest example; `MemoryBudgetError` if the budget is too small for any."""
+    def to_memory_plan(self, model: Unrolled, device: torch.device | str = "cpu") -> MemoryPlan:
+        """The plan for the model and the largest example; `MemoryBudgetError` if the budget is too small for any.
+
+        With a budget, `device` is probed for a moment.
+        """
         if self.memory.budget is not None:
             data, window = self.data, self.training.readout_window
             x = data.x[1] if window is None else min(window, data.x[1])
@@ -173,6 +176,8 @@ class Config(Settings):
                 time=data.frames[1],
                 sets=self.preparation.map_sets,
                 sampled_readout=lines,
+                host=torch.device(device).type != "cpu",  # there the host's memory is the device's
+                fourier_cost=calibrate(device),
             )
         iterations = len(model.order)
         options = {} if self.memory.chunk is None else {"chunk": self.memory.chunk}

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", required=True, metavar="SIZE", help="budget on the device, for example 12GiB")
     parser.add_argument("--time", type=int, default=1, help="frames (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="examples in one step (default 1)")
+    parser.add_argument(
+        "--probe", metavar="DEVICE", help="compare operations by their times on this device (cpu, cuda)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--curve", type=Path, metavar="PNG", help="draw time against memory into this file")
     _allow_settings_anywhere(parser)
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan."""
     from melcore.errors import ConfigError, MissingDependencyError
     from melcore.memory.meter import fake_tensors
-    from melcore.memory.planner import choose
+    from melcore.memory.planner import FOURIER_COST, choose
     from melcore.units import format_bytes, parse_bytes
     from melcore.unrolled import build
     from melcore.unrolled.planning import costs
@@ -72,18 +75,31 @@ def run(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.overrides)
     model = build(config.model)
     sets = int(getattr(model.iterations[0].regulariser, "sets", 1))
+    fourier_cost = FOURIER_COST if arguments.probe is None else _probe(arguments.probe)
+    problem = {"time": arguments.time, "batch": arguments.batch, "sets": sets}
     with fake_tensors():
-        measured = costs(model, shape, arguments.coils, time=arguments.time, batch=arguments.batch, sets=sets)
+        measured = costs(model, shape, arguments.coils, **problem, fourier_cost=fourier_cost)
         chosen = choose(measured, budget)
         if arguments.curve is not None:
             _draw(arguments.curve, measured, chosen, budget)
     if arguments.json:
-        problem = {"shape": shape, "coils": arguments.coils, "time": arguments.time, "batch": arguments.batch}
-        sys.stdout.write(json.dumps({**chosen.to_dict(), "memory_bytes": budget, **problem}) + "\n")
+        asked = {"memory_bytes": budget, "shape": shape, "coils": arguments.coils, **problem}
+        sys.stdout.write(json.dumps({**chosen.to_dict(), **asked}) + "\n")
         return
     size = f"image {' x '.join(map(str, shape))} (z, y, x), {arguments.coils} coils, frames {arguments.time}"
     title = f"{arguments.config.name}, {size}, batch {arguments.batch}, within {format_bytes(budget)}:"
     sys.stdout.write(f"{title}\n{chosen}\n")
+
+
+def _probe(device: str) -> float:
+    from melcore.errors import ConfigError
+    from melcore.memory import calibrate
+
+    try:
+        return calibrate(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the device {device!r} cannot be probed here ({reason}): leave out --probe.") from None
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from melcore.errors import ConfigError, DataError, MelError
 from melcore.learning import ReconstructionLoss
-from melcore.memory import retrying
+from melcore.memory import MemoryPlan, retrying
 from melcore.unrolled import Unrolled, build
 from training import checkpoint
 from training.config import Config
@@ -118,7 +118,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.training.tf32
         torch.manual_seed(self.config.training.seed)
         self.model: Unrolled = build(self.config.model).to(self.device)
-        self.model.memory = self.config.to_memory_plan(self.model)
+        self.model.memory = self.config.to_memory_plan(self.model, self.device)
         settings = self.config.optimiser
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
@@ -156,10 +156,14 @@ class Trainer:
             )
         progress = checkpoint.restore(self.checkpoint, self.model, self.optimiser)
         self.step, self.seconds, self.history = progress.step, progress.seconds, [dict(h) for h in progress.history]
+        if progress.memory is not None and progress.config["memory"] == self.config.to_dict()["memory"]:
+            # Not planned anew: a plan depends on a probe of the device, and another one would round differently.
+            self.model.memory = MemoryPlan.from_dict(progress.memory)
 
     def save(self) -> None:
         """Write a checkpoint of the present state."""
-        progress = checkpoint.Progress(self.step, self.seconds, self.config.to_dict(), tuple(self.history))
+        memory = self.model.memory.to_dict() if self.model.memory else None
+        progress = checkpoint.Progress(self.step, self.seconds, self.config.to_dict(), tuple(self.history), memory)
         checkpoint.save(self.checkpoint, self.model, self.optimiser, progress)
 
     def run(self) -> None:

@@ -1,15 +1,16 @@
 """Memory plans: for every iteration, how its backward gets what the forward did not keep."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from melcore.errors import ConfigError
 from melcore.units import format_bytes
 
 Executor = Literal["plain", "checkpoint", "store", "keep", "nested", "tile", "stream", "reverse"]
-States = Literal["device", "host", "slots"]
+States = Literal["device", "host", "slots", "reverse"]
 Precision = Literal["full", "bfloat16"]
+Axis = Literal["readout", "time"]
 
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 
@@ -26,10 +27,10 @@ class IterationPlan:
         differentiated one after the other, never both at once. ``keep``: the activations of the network stay in
         memory and are not computed again. ``nested``: layers are computed again one by one, so that few activations
         exist at a time. ``tile``: the volume is processed in boxes with a halo. ``stream``: a wavefront of planes
-        along the readout; exact, without halo work. ``reverse``: a network of invertible
+        along the readout, or of frames along time; exact, without halo work. ``reverse``: a network of invertible
         blocks is undone block by block, certified against its known input.
     chunk
-        Planes of a step of ``stream``, or the edge of a box of ``tile``.
+        Planes or frames of a step of ``stream`` and ``keep``, or the edge of a box of ``tile``.
     keep_input
         Keep the regulariser's input too (8 bytes a voxel). Otherwise the data consistency before it is recomputed
         first and its intermediate results wait while the network is differentiated.
@@ -42,7 +43,14 @@ class IterationPlan:
         For ``keep``: in which precision activations are kept; ``"bfloat16"`` halves them and makes gradients inexact.
     states
         Where what the forward keeps of this iteration waits for the backward: on the ``device``, in pinned ``host``
-        memory, or in ``slots``: not at all, to be computed again from the nearest one that was kept.
+        memory, or in ``slots``: not at all, to be computed again from the nearest one that was kept. ``reverse``: not
+        at all either, to be computed back from the iteration after; of that, only a certificate is kept, and what it
+        does not confirm is computed forward again (`melcore.memory.reversal`).
+    reversal_bound
+        For states in ``reverse``: the largest relative error of one; None is the square root of the precision's
+        epsilon, 3e-4 in single and 1.5e-8 in double precision.
+    axis
+        Along which ``stream`` and ``keep`` advance: the ``readout``, or ``time``, for series of many frames.
     """
 
     executor: Executor = "plain"
@@ -52,25 +60,37 @@ class IterationPlan:
     kept_layers: int | None = None
     precision: Precision = "full"
     states: States = "device"
+    reversal_bound: float | None = None
+    axis: Axis = "readout"
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("executor", self.executor, EXECUTORS),
             ("place for states", self.states, get_args(States)),
             ("precision", self.precision, get_args(Precision)),
+            ("axis to stream along", self.axis, get_args(Axis)),
         ):
             if value not in known:
                 raise ConfigError(f"there is no {what} {value!r}: choose one of {', '.join(known)}.")
         if self.states == "slots" and (self.keep_input or self.executor in ("plain", "keep", "reverse")):
             raise ConfigError(f"states in slots are computed again, but {self.executor} is to keep more than a state.")
+        if self.states == "reverse" and (self.keep_input or self.executor in ("plain", "keep")):
+            more = "the regulariser's input" if self.keep_input else "activations"
+            raise ConfigError(f"states that are computed back are kept nowhere, but {self.executor} is to keep {more}.")
+        if self.reversal_bound is not None and not 0 < self.reversal_bound < 1:
+            raise ConfigError(f"the bound of relative errors is between 0 and 1, but is {self.reversal_bound}.")
         if self.chunk < 1:
             raise ConfigError(f"a chunk has at least 1 plane, but {self.chunk} were asked for.")
 
     def describe(self) -> tuple[str, str, str]:
         """In words: the executor, what is kept, where it waits."""
         name = f"{self.executor} {self.chunk}" if self.executor in ("stream", "tile") else self.executor
+        if self.axis == "time" and self.executor in ("stream", "keep"):
+            name += " along time"
         if self.executor == "plain":
             return name, "everything", "device"
+        if self.states == "reverse":
+            return name, "certificate", "nowhere, computed back"
         kept = "input and output" if self.keep_input else "output"
         if self.executor == "keep":
             layers = "all layers" if self.kept_layers is None else f"last {self.kept_layers} layers"
@@ -131,6 +151,15 @@ class MemoryPlan:
             "slots": self.slots,
             "notes": list(self.notes),
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "MemoryPlan":
+        """The plan that `to_dict` described."""
+        names = [field.name for field in fields(IterationPlan)]
+        rows = [{name: row[name] for name in names if name in row} for row in content["iterations"]]
+        entries = tuple(IterationPlan(**row) for row in rows)
+        peak, time = content["predicted_peak_bytes"], content["relative_time"]
+        return cls(entries, content["slots"], peak, time, tuple(content["notes"]))
 
     def __str__(self) -> str:
         """A table, equal neighbours in one row."""
