@@ -12,7 +12,7 @@ import numpy as np
 from gadgets.decode import Bytes, TransportError
 from gadgets.messages import Array
 
-_BLOCK = 1 << 20  # bytes asked for at once
+_BLOCK = 1 << 21  # bytes asked for at once
 _IN_PLACE = 1 << 18  # arrays from this size on are received where they will stay
 _GIB = 1 << 30
 
