@@ -16,6 +16,7 @@ from gadgets.messages import (
     Waveform,
 )
 from gadgets.settings import Dimension
+from melcore.errors import DataError
 from melcore.io.mrd_header import NOISE_FILE, WHITENED, user_text
 from melcore.io.mrd_types import (
     IS_CALIBRATION,
@@ -93,6 +94,44 @@ def _tensor(message: Acquisition) -> "torch.Tensor":  # type: ignore[name-define
 
     # Views into a receive buffer may be unaligned.
     return torch.from_numpy(np.require(message.data, np.complex64, ["A", "W", "C"]))
+
+
+def adjust_asymmetric_echo(messages: Iterator[Message], header: Header, _settings: NoSettings) -> Iterator[Message]:
+    """Fill asymmetric readouts with zeros to the encoded matrix, the echo at its centre (AsymmetricEchoAdjustROGadget).
+
+    The zeros are marked as discarded samples, so that a mask tells them from measured ones. A readout that ends early
+    on both sides lies with its echo at the centre all the same; the server's gadget shifts it to one end.
+
+    Raises
+    ------
+    DataError
+        If a readout does not fit into the encoded matrix around its echo.
+    """
+    for message in messages:
+        if not isinstance(message, Acquisition) or int(message.header["flags"]) & _NOISE:
+            yield message
+            continue
+        old = message.header
+        samples, centre, space = (int(old[n]) for n in ("number_of_samples", "center_sample", "encoding_space_ref"))
+        encoding = header.encodings[space] if space < len(header.encodings) else header.encodings[0]
+        size = encoding.encoded_matrix[0]
+        if centre == samples // 2 or samples >= size or not encoding.cartesian:
+            yield message
+            continue
+        start = size // 2 - centre
+        if start < 0 or start + samples > size:
+            raise DataError(
+                f"a readout of {samples} samples with its echo at {centre} does not fit into the encoded matrix of "
+                f"{size}: the header's matrix or the readout's center_sample is wrong."
+            )
+        data = np.zeros((len(message.data), size), np.complex64)
+        data[:, start : start + samples] = message.data
+        changed = old.copy()
+        changed["number_of_samples"], changed["center_sample"] = size, size // 2
+        changed["discard_pre"] = start + int(old["discard_pre"])
+        changed["discard_post"] = size - start - samples + int(old["discard_post"])
+        changed["trajectory_dimensions"] = 0
+        yield Acquisition(changed, np.empty((size, 0), np.float32), data)
 
 
 def remove_readout_oversampling(

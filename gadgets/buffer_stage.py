@@ -21,9 +21,11 @@ from gadgets.messages import (
 )
 from gadgets.settings import Dimension
 from melcore.errors import ConfigError, DataError
+from melcore.io.mrd_types import IS_REVERSE
 from melcore.io.placement import centre_offset
 
 _KEY = ("average", "slice", "contrast", "phase", "repetition", "set", "segment")
+_REVERSE = 1 << IS_REVERSE - 1
 _NO_AXIS = (Dimension.KSPACE_ENCODE_STEP_1, Dimension.KSPACE_ENCODE_STEP_2, Dimension.SLICE)
 
 
@@ -49,8 +51,8 @@ def bucket_to_buffer(messages: Iterator[Message], header: Header, settings: Buff
     Index order is natural, the centre of k-space at ``N // 2``. Three defects of the server's gadget are not copied:
     the axes N and S start at the smallest counter that occurs (there, counters 1..6 leave the first entry empty and
     merge the last two), and the grid always is the encoded matrix (there, without `parallelImaging` it is as large as
-    the range of the counters, and what does not fit is dropped); and lines that come more than once are averaged, which
-    the header's provenance records (there, the last one wins).
+    the range of the counters, discarded samples cut off, and what does not fit is dropped); and lines that come more
+    than once are averaged, which the header's provenance records (there, the last one wins).
 
     Raises
     ------
@@ -156,6 +158,11 @@ def _buffer(
                 f"a readout has k-space line ({int(counters[COUNTERS[0]])}, {int(counters[COUNTERS[1]])}), outside the "
                 f"encoded matrix {encoding.encoded_matrix} (x, y, z) of the header."
             )
+        if int(head["flags"]) & _REVERSE and encoding.cartesian:
+            raise DataError(
+                "readouts run in both directions (flag 22, reversed), as those of EPI: their phase correction is not "
+                "known here; correct the data before."
+            )
         if readout.data.shape[0] != coils:
             raise DataError(f"the coil count changes from {coils} to {readout.data.shape[0]} within the scan.")
         columns, taken = _columns(head, center, sizes[0], cartesian=encoding.cartesian)
@@ -210,12 +217,8 @@ def _grid(
     """Counters of the first line along E1 and E2, and the sizes [RO, E1, E2]."""
     samples = int(first["number_of_samples"])
     if encoding.cartesian and not apart:
-        # With parallelImaging the server keeps discarded samples as zeros.
-        discarded = (
-            0 if encoding.calibration_mode is not None else int(first["discard_pre"]) + int(first["discard_post"])
-        )
         offset_1, offset_2 = _center_offsets(encoding)
-        return (-offset_1, -offset_2), (samples - discarded, *encoding.encoded_matrix[1:])
+        return (-offset_1, -offset_2), (samples, *encoding.encoded_matrix[1:])
     starts_1, size_1 = _range(statistics, COUNTERS[0])
     starts_2, size_2 = _range(statistics, COUNTERS[1])
     if apart:

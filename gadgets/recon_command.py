@@ -2,6 +2,8 @@
 
 The file is streamed through a Gadgetron pipeline in process: noise whitening, removal of readout oversampling, sorting,
 coil maps by BART, reconstruction. The pipeline is chosen by the file (2D, 3D, 2D with cardiac phases) unless given.
+Radial, spiral and other non-Cartesian files, whose readouts carry their trajectory, are reconstructed without pipeline
+and without network.
 
     mel recon exam.h5 -o images.h5
     mel recon exam.h5 --model brain3d.safetensors -o images.h5
@@ -52,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Reconstruct, write, summarise."""
     from gadgets.chain import find_pipeline, run_chain
+    from gadgets.nonuniform import NAME as NONUNIFORM
+    from gadgets.nonuniform import is_nonuniform, reconstruct_nonuniform
     from melcore.errors import DataError
     from melcore.io.images import write_images
     from melcore.io.mrd import open_raw
@@ -72,17 +76,32 @@ def run(arguments: argparse.Namespace) -> None:
     with open_raw(arguments.raw) as raw:
         if arguments.output.exists() and arguments.output.samefile(arguments.raw):
             raise DataError(f"{arguments.output} is the raw file itself: give another name for the images.")
-        pipeline = find_pipeline(arguments.pipeline or choose_pipeline(raw))
-        header_xml, readouts = raw.header_xml, raw.acquisitions()
-        if arguments.noise is not None:
-            header_xml, readouts = with_noise_scan(raw, arguments.noise)
-        images = list(run_chain(pipeline, header_xml, _watched(readouts, raw.count), overrides=overrides))
+        if arguments.pipeline is None and is_nonuniform(raw):
+            name = NONUNIFORM
+            images = list(reconstruct_nonuniform(raw, noise=arguments.noise, **_of_nonuniform(overrides)))
+        else:
+            pipeline = find_pipeline(arguments.pipeline or choose_pipeline(raw))
+            name = pipeline.stem
+            header_xml, readouts = raw.header_xml, raw.acquisitions()
+            if arguments.noise is not None:
+                header_xml, readouts = with_noise_scan(raw, arguments.noise)
+            images = list(run_chain(pipeline, header_xml, _watched(readouts, raw.count), overrides=overrides))
         if not images:
-            raise DataError(f"{arguments.raw} gave no image through {pipeline.stem}: it holds no complete image data.")
+            raise DataError(f"{arguments.raw} gave no image through {name}: it holds no complete image data.")
         series = collect_series(images)
-        write_images(arguments.output, pipeline.stem, raw.header_xml, series)
-    summary = summarise(arguments.output, pipeline.stem, images, time.perf_counter() - begin)
-    sys.stdout.write((json.dumps(summary) if arguments.json else _text(summary)) + "\n")
+        write_images(arguments.output, name, raw.header_xml, series)
+    summary = summarise(arguments.output, name, images, time.perf_counter() - begin)
+    sys.stdout.write((json.dumps(summary) if arguments.json else text_of(summary)) + "\n")
+
+
+def _of_nonuniform(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Those of the command's options that non-Cartesian data know; others are refused rather than ignored."""
+    from melcore.errors import ConfigError
+
+    wrong = [name.replace("_", "-") for name in overrides if name not in ("model", "output")]
+    if wrong:
+        raise ConfigError(f"non-Cartesian data are reconstructed without --{' and --'.join(wrong)}: leave it out.")
+    return overrides
 
 
 def choose_pipeline(raw: "RawFile") -> str:
@@ -113,7 +132,7 @@ def choose_pipeline(raw: "RawFile") -> str:
     encoding = header.encodings[0]
     if encoding.trajectory != "cartesian":
         raise DataError(
-            f"the trajectory of {raw.path} is {encoding.trajectory}: only Cartesian data can be reconstructed."
+            f"the trajectory of {raw.path} is {encoding.trajectory}: pipelines reconstruct Cartesian data only."
         )
     if encoding.encoded_matrix[2] > 1:
         return "mel_cartesian_3d"
@@ -188,7 +207,8 @@ def _attributes(meta: str) -> dict[str, str]:
     return {entry.findtext("name") or "": entry.findtext("value") or "" for entry in entries}
 
 
-def _text(summary: dict[str, Any]) -> str:
+def text_of(summary: dict[str, Any]) -> str:
+    """A summary in words."""
     matrix = "x".join(map(str, summary["matrix"]))
     view = " x ".join(f"{length * 1e3:g}" for length in summary["field_of_view_m"])
     paths = ", ".join(summary["path_taken"]) or "conventional"

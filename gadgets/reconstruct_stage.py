@@ -212,6 +212,11 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
 
     from melcore.data import KSpace, Noise
 
+    if not header.encodings[0].cartesian:
+        raise DataError(
+            f"the trajectory is {header.encodings[0].trajectory}: pipelines reconstruct Cartesian data only; "
+            "reconstruct the file by mel recon, without --pipeline."
+        )
     data, lines = bit.data.data, _filled(bit.data)
     calibration = None
     if bit.reference is not None and bit.reference.data.size:

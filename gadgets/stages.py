@@ -49,6 +49,7 @@ _NONE = acquisition_stages.NoSettings
 #: Name (as a target of `gadgets`) to stage.
 STAGES: dict[str, Stage] = {
     "noise_adjust": Stage(acquisition_stages.noise_adjust, _NONE, "NoiseAdjustGadget"),
+    "adjust_asymmetric_echo": Stage(acquisition_stages.adjust_asymmetric_echo, _NONE, "AsymmetricEchoAdjustROGadget"),
     "remove_readout_oversampling": Stage(
         acquisition_stages.remove_readout_oversampling, _NONE, "RemoveROOversamplingGadget"
     ),

@@ -18,6 +18,7 @@ Target = Callable[[Any], None]
 #: Names that a server may give as `target`: those of `gadgets.stages.STAGES`.
 TARGETS = (
     "accumulate_trigger",
+    "adjust_asymmetric_echo",
     "bucket_to_buffer",
     "extract",
     "finish",

@@ -1,4 +1,4 @@
-"""What travels between the parts: k-space, coil maps, image, and what the scanner said about them. No behaviour.
+"""What travels between the parts: k-space, samples, maps, image, and what the scanner said of them. No behaviour.
 
 The axes are those of `melcore.layout`; lengths are in m, times in s, fields in T, frequencies in Hz.
 """
@@ -78,6 +78,40 @@ class KSpace:
             )
         if self.mask.dtype != torch.bool:
             raise ShapeError(f"the sampling mask must be boolean, but is {self.mask.dtype}: use mask != 0.")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples along trajectories of any shape: radial, spiral.
+
+    Attributes
+    ----------
+    data
+        Complex ``(batch, coil, time, 1, readout, sample)``; zero where nothing was sampled.
+    trajectory
+        Real ``(time, readout, sample, 2 or 3)``, time 1 or that of the data, in cycles per encoded field of view,
+        components x, y(, z).
+    taken
+        Boolean ``(time, readout)``, time as of the trajectory; frames may have fewer readouts than there is room for.
+    """
+
+    data: torch.Tensor
+    trajectory: torch.Tensor
+    taken: torch.Tensor
+    info: ScanInfo
+    noise: Noise = Noise()
+
+    def __post_init__(self) -> None:
+        layout.check_axes(tuple(self.data.shape), layout.K_SPACE_AXES, "non-Cartesian samples")
+        _, _, time, z, readouts, samples = self.data.shape
+        frames = self.trajectory.shape[0]
+        fits = self.trajectory.shape[1:-1] == (readouts, samples) and self.taken.shape == (frames, readouts)
+        if not fits or frames not in (1, time) or z != 1:
+            raise ShapeError(
+                f"samples {tuple(self.data.shape)}, trajectory {tuple(self.trajectory.shape)} and readouts that were "
+                f"taken {tuple(self.taken.shape)} do not fit: expected (batch, coil, {time}, 1, {readouts}, "
+                f"{samples}), (1 or {time}, {readouts}, {samples}, 2 or 3) and (1 or {time}, {readouts})."
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from melcore.errors import DataError, ShapeError
 from melcore.io.bart import estimate_coil_maps
 from melcore.io.load import load_k_space
 from melcore.io.mrd import open_raw, write_raw
-from melcore.io.mrd_types import IS_NOISE
+from melcore.io.mrd_types import IS_NOISE, IS_PHASE_CORRECTION, IS_REVERSE
 from melcore.preprocess.preparation import prepare
 from tests.cases import centred_fft, coil_images, header_xml, random_complex, readout
 
@@ -91,7 +91,29 @@ def test_trajectories_that_have_no_grid_are_named(tmp_path, capsys, trajectory):
     with pytest.raises(DataError, match=f"only Cartesian scans .* this one is {trajectory}"):
         load_k_space(path)
     assert main(["recon", str(path), "-o", str(tmp_path / "images.h5")]) == 1
-    assert f"is {trajectory}: only Cartesian data" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"is {trajectory}, but its readouts do not carry it" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("trajectory", ["cartesian", "epi"])
+def test_reversed_readouts_are_refused_whatever_reads_them(tmp_path, capsys, trajectory):
+    """Turning them round would not do: without their phase correction the image has ghosts."""
+    data, path = plane(), tmp_path / "raw.h5"
+    there = [readout(data[:, y], kspace_encode_step_1=y) for y in range(0, 26, 2)]
+    back = [readout(data[:, y, ::-1], kspace_encode_step_1=y, flags=[IS_REVERSE]) for y in range(1, 26, 2)]
+    correction = readout(data[:, 13], flags=[IS_PHASE_CORRECTION])
+    xml = XML.replace("<trajectory>cartesian", f"<trajectory>{trajectory}")
+    write_raw(path, xml, [correction, *there, *back])
+    with pytest.raises(
+        DataError, match=r"13 of 26 readouts run in the other direction|the trajectory of this one is epi"
+    ):
+        load_k_space(path)
+    with pytest.raises(DataError, match=r"both directions .* phase correction"):
+        buffer_of(path)
+    options = ["--pipeline", "mel_cartesian_2d", "--model", "adjoint", "-o", str(tmp_path / "images.h5")]
+    assert main(["recon", str(path), *options]) == 1
+    assert "both directions" in capsys.readouterr().err
 
 
 def test_values_that_the_standard_does_not_know_are_named(tmp_path):

@@ -11,9 +11,10 @@ from melcore import layout
 from melcore.cli import main
 from melcore.errors import ConfigError, DataError
 from melcore.io.bart import run
+from melcore.io.images import read_images
 from melcore.io.load import load_k_space
 from melcore.io.mrd import open_raw, write_raw
-from melcore.io.mrd_types import IS_NOISE, Waveform
+from melcore.io.mrd_types import IS_NOISE, Waveform, has_flag
 from melcore.io.transform import compress_file, whiten_file
 from melcore.physics.fourier import ifft
 from melcore.preprocess import compression
@@ -95,6 +96,43 @@ def test_a_separate_noise_scan_counts_instead_of_the_own_one(exam, tmp_path):
     assert other.info.provenance["whitening"] == "by the noise scan of noise.h5"
     assert load_k_space(bare, noise=separate)[0].noise.condition_number == pytest.approx(other.noise.condition_number)
     assert whiten_file(bare, tmp_path / "white.h5", separate) == "by the noise scan of noise.h5"
+
+
+def test_recon_whitens_by_a_separate_noise_scan(tmp_path, capsys):
+    protocol = Protocol(shape=(1, 40, 36), coils=4, acceleration=2, calibration=(1, 16), seed=3)
+    write_exam(tmp_path / "exam.h5", protocol)
+    with open_raw(tmp_path / "exam.h5") as raw:
+        everything = list(raw.acquisitions())
+        noise = [one for one in everything if has_flag(one.header, IS_NOISE)]
+        write_raw(tmp_path / "noise.h5", raw.header_xml, noise)
+        write_raw(tmp_path / "bare.h5", raw.header_xml, everything[len(noise) :])
+        loud = [one._replace(data=10 * one.data) for one in noise]
+        write_raw(tmp_path / "loud.h5", raw.header_xml, [*loud, *everything[len(noise) :]])
+        few = [one._replace(data=one.data[:3]) for one in noise]
+        for one in few:
+            one.header["active_channels"] = 3
+        write_raw(tmp_path / "few.h5", raw.header_xml, few)
+
+    def recon(raw, *options):
+        code = main(["recon", str(tmp_path / raw), "--model", "none", "-o", str(tmp_path / "images.h5"), *options])
+        return code, capsys.readouterr()
+
+    images = {}
+    for name, options in {"exam.h5": [], "bare.h5": ["--noise", str(tmp_path / "noise.h5")]}.items():
+        assert recon(name, *options)[0] == 0
+        (series,) = read_images(tmp_path / "images.h5")
+        images[name] = series.data
+        assert "<name>MEL_whitened</name><value>true" in series.metas[0].replace("\n", "").replace(" ", "")
+    np.testing.assert_allclose(images["bare.h5"], images["exam.h5"], rtol=1e-4, atol=1e-4 * images["exam.h5"].max())
+    assert "by the noise scan of noise.h5" in series.metas[0]
+    # It counts instead of the exam's own, ten times as loud.
+    assert recon("loud.h5", "--noise", str(tmp_path / "noise.h5"))[0] == 0
+    np.testing.assert_allclose(read_images(tmp_path / "images.h5")[0].data, images["bare.h5"], rtol=1e-4, atol=1e-3)
+    (tmp_path / "images.h5").unlink()
+    code, said = recon("bare.h5", "--noise", str(tmp_path / "few.h5"))
+    assert (code, len(said.err.splitlines())) == (1, 1)
+    assert "has 3 coils, but the image lines" in said.err
+    assert not (tmp_path / "images.h5").exists()
 
 
 def test_noise_readouts_of_another_dwell_time_are_left_out_and_recorded(tmp_path):

@@ -1,20 +1,30 @@
 """Partial Fourier methods bring back what one side of k-space lacks, and what they did is recorded."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from melcore.bundle import Bundle
+from melcore.cli import main
 from melcore.data import KSpace, ScanInfo
 from melcore.errors import ConfigError, DataError, ShapeError
 from melcore.io.cfl import read_cfl
+from melcore.io.images import read_images
+from melcore.io.load import load_k_space
+from melcore.io.mrd import write_raw
 from melcore.layout import k_space_from_bart
 from melcore.physics import PartialFourierWarning, fft, find_partial_fourier, homodyne, ifft, pocs
 from melcore.preprocess.partial_fourier import treat_partial_fourier
+from melcore.preprocess.preparation import Preparation
+from melcore.reconstruct import Reconstructor
 from melcore.simulate.phantom import random_anatomy
-from tests.cases import shared
+from melcore.unrolled import build
+from tests.cases import centred_fft, coil_images, header_xml, readout, shared
 from tests.laws import relative
 
 ONE_AXIS = [(axis, last, fraction) for axis in (-3, -2, -1) for last in (False, True) for fraction in (0.6, 0.75)]
@@ -162,3 +172,90 @@ def test_measured_brain(axis: int) -> None:
     zeros = ifft(k_space * mask).abs().square().sum(1).sqrt()
     assert filled.converged
     assert relative(filled.image.abs().square().sum(1).sqrt(), truth) < 0.75 * relative(zeros, truth)
+
+
+# --- from file to image
+
+WHOLE, PARTIAL = "whole.h5", "partial.h5"
+
+
+def write_partial(folder: Path, axis: int, fraction: float, *, step: int = 1) -> None:
+    """A plane seen by four coils, whole, and with its first lines (or the first samples of its readouts) missing."""
+    matrix = (1, 48, 40)
+    k_space = centred_fft(coil_images(4, matrix), (-3, -2, -1))[:, 0]
+    rows = [y for y in range(48) if y % step == 0 or abs(y - 24) < 8]
+    xml = header_xml(matrix, 4, oversampling=1)
+    write_raw(folder / WHOLE, xml, [readout(k_space[:, y], kspace_encode_step_1=y) for y in rows])
+    missing = round((1 - fraction) * matrix[axis])
+    if axis == -1:
+        lines = [readout(k_space[:, y, missing:], centre=20 - missing, kspace_encode_step_1=y) for y in rows]
+    else:
+        # Counters start at the first line that is acquired; the header says which of them is the centre.
+        xml = header_xml(matrix, 4, oversampling=1, centre=(0, 24 - missing))
+        lines = [readout(k_space[:, y], kspace_encode_step_1=y - missing) for y in rows if y >= missing]
+    write_raw(folder / PARTIAL, xml, lines)
+
+
+def recon(folder: Path, name: str, *options: str) -> tuple[np.ndarray, str]:  # type: ignore[type-arg]
+    pipeline = ["--pipeline", "mel_cartesian_2d", "--model", "none"]
+    assert main(["recon", str(folder / name), "-o", str(folder / "images.h5"), *pipeline, *options]) == 0
+    (series,) = read_images(folder / "images.h5")
+    return series.data[0, 0, 0], series.metas[0]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_from_file_to_image(axis: int, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero-filled with a warning unless told otherwise; of the right matrix and in the right place in any case."""
+    write_partial(tmp_path, axis, 0.65, step=step)
+    truth, meta = recon(tmp_path, WHOLE)
+    assert "partial_fourier" not in meta
+    assert "warning" not in capsys.readouterr().out
+    zeros, meta = recon(tmp_path, PARTIAL)
+    assert re.search(r"warning: k-space holds 6[25]% of", capsys.readouterr().out)
+    assert "MEL_provenance_partial_fourier" in meta
+    assert "zero-filled" in meta
+    assert zeros.shape == truth.shape
+    # The place: nowhere do the images agree as well as where they are.
+    shifted = {
+        (dy, dx): float(np.vdot(np.roll(zeros, (dy, dx), (0, 1)), truth)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
+    }
+    assert max(shifted, key=lambda place: shifted[place]) == (0, 0)
+
+    def error(image: np.ndarray) -> float:  # type: ignore[type-arg]
+        return float(np.linalg.norm(image - truth) / np.linalg.norm(truth))
+
+    for method in ("homodyne", "pocs"):
+        filled, meta = recon(tmp_path, PARTIAL, "--partial-fourier", method)
+        assert error(filled) < 0.75 * error(zeros), method
+        assert f"filled by {'homodyne' if method == 'homodyne' else ''}" in meta
+        assert "warning" not in capsys.readouterr().out
+
+
+def test_a_network_is_left_to_fill_it(tmp_path: Path) -> None:
+    write_partial(tmp_path, -2, 0.65)
+    k_space, _ = load_k_space(tmp_path / PARTIAL)
+    architecture = {"iterations": 1, "regulariser": {"name": "resnet", "dimensions": 2, "channels": 2, "layers": 2}}
+    bundle = Bundle(build(architecture), architecture, Preparation(), name="untrained", digest="0")
+    result = Reconstructor(bundle, partial_fourier="pocs")(k_space)
+    assert result.path_taken == "learned"
+    assert result.image.info.provenance["partial_fourier"].endswith("left to the network")
+    assert result.remarks == ()
+
+
+def test_what_cannot_be_filled_from_a_file_is_named(tmp_path: Path) -> None:
+    write_partial(tmp_path, -2, 0.65)
+    raw, images = str(tmp_path / PARTIAL), str(tmp_path / "images.h5")
+    assert main(["recon", raw, "-o", images, "--model", "none", "--partial-fourier", "margosian"]) == 2
+    with pytest.raises(ConfigError, match="did you mean 'pocs'"):
+        Reconstructor("none", partial_fourier="pocks")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 7])
+@pytest.mark.parametrize("size", [32, 40, 47])
+def test_regular_undersampling_is_not_taken_for_partial_fourier(size: int, step: int) -> None:
+    for first in range(step):
+        mask = torch.zeros(1, 1, 1, 1, size, 1, dtype=torch.bool)
+        mask[..., first::step, :] = True
+        mask[..., size // 2 - 4 : size // 2 + 4, :] = True
+        assert find_partial_fourier(mask) == ()

@@ -21,8 +21,8 @@ from melcore.io.mrd_types import (
     has_flag,
 )
 
-# The first of these counters that varies becomes the time axis; the others become elements of the batch, like slices.
-_TIME = ("phase", "repetition", "contrast", "set")
+#: The first of these counters that varies becomes the time axis; the others become elements of the batch, like slices.
+TIME_COUNTERS = ("phase", "repetition", "contrast", "set")
 
 Indices = npt.NDArray[np.intp]
 Booleans = npt.NDArray[np.bool_]
@@ -114,10 +114,16 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
     if not imaging.any():
         raise DataError(f"of {len(headers)} acquisitions none is a line of the image: the scan was not completed.")
     trajectory = getattr(space.trajectory, "value", space.trajectory)
-    if trajectory != "cartesian" or has_flag(headers[imaging], IS_REVERSE).any():
+    if trajectory != "cartesian":
         raise DataError(
-            "only Cartesian scans whose readouts run in one direction can be placed on a grid, but this one is "
-            f"{trajectory}{'' if trajectory != 'cartesian' else ' with readouts in both directions'}."
+            f"only Cartesian scans can be placed on a grid, but the trajectory of this one is {trajectory}: "
+            "melcore.io.load_samples reads those that carry their trajectory."
+        )
+    if has_flag(headers[imaging], IS_REVERSE).any():
+        raise DataError(
+            f"{np.count_nonzero(has_flag(headers[imaging], IS_REVERSE))} of {np.count_nonzero(imaging)} readouts run "
+            "in the other direction (flag 22, reversed), as those of EPI: their phase correction is not known here; "
+            "correct the data before."
         )
     limits = space.encodingLimits
     y = counters["kspace_encode_step_1"].astype(np.intp) + _offset(matrix.y, limits, "kspace_encoding_step_1")
@@ -131,7 +137,7 @@ def place(header: Any, headers: npt.NDArray[np.void], encoding: int = 0) -> Plac
             f"acquisition {index} belongs to line {y[index]} of {matrix.y} (y) and {z[index]} of {matrix.z} (z), "
             "outside the encoded matrix: the header's matrix or encoding limits are wrong."
         )
-    varying = [name for name in _TIME if np.ptp(counters[name][imaging])]
+    varying = [name for name in TIME_COUNTERS if np.ptp(counters[name][imaging])]
     time_counter = varying[0] if varying else ""
     time = counters[time_counter].astype(np.intp) if time_counter else np.zeros(len(headers), np.intp)
     first_time = int(time[imaging].min())
