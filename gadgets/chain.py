@@ -39,12 +39,17 @@ def find_pipeline(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    import pipelines
-
-    shipped = {file.stem: file for file in Path(pipelines.__file__).parent.glob("*.xml")}
+    shipped = shipped_pipelines()
     if path.name.removesuffix(".xml") in shipped and len(path.parts) == 1:
         return shipped[path.name.removesuffix(".xml")]
     raise ConfigError(f"the pipeline {path} does not exist; those that ship are {', '.join(sorted(shipped))}.")
+
+
+def shipped_pipelines() -> dict[str, Path]:
+    """Pipelines that ship, by name."""
+    import pipelines
+
+    return {file.stem: file for file in sorted(Path(pipelines.__file__).parent.glob("*.xml"))}
 
 
 def read_pipeline(path: str | Path, stages: Mapping[str, Stage] = STAGES) -> list[Node]:
@@ -129,8 +134,8 @@ def build_chain(
         if node.external:
             known = {field.name for field in fields(node.stage.settings)}
             chosen = {name: value for name, value in (overrides or {}).items() if name in known}
-            if "model" in chosen:
-                values.pop("bundle", None)  # two names of one setting
+            if {"model", "bundle"} & set(chosen):  # two names of one setting
+                values = {name: value for name, value in values.items() if name not in ("model", "bundle")}
             values |= chosen
             left = {name: value for name, value in left.items() if name not in known}
         steps.append(node.stage.bind(values, f"{path}: {node.name}"))

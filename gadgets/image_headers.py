@@ -78,3 +78,18 @@ def image_meta(attributes: Mapping[str, str]) -> str:
         ElementTree.SubElement(entry, "value").text = "".join(c if c.isprintable() else " " for c in value)
     body = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}'
+
+
+def with_attributes(meta: str, attributes: Mapping[str, str]) -> str:
+    """Meta attributes with further ones; words are added to those of the same name."""
+    new = {name: value for name, value in attributes.items() if value}
+    if not new:
+        return meta
+    root = ElementTree.fromstring(meta.encode()) if meta else ElementTree.Element("ismrmrdMeta")
+    for entry in root.findall("meta"):
+        name, value = entry.findtext("name") or "", entry.find("value")
+        if name in new and value is not None:
+            value.text = "; ".join(filter(None, (value.text, new.pop(name))))
+    added = ElementTree.fromstring((image_meta(new) or "<ismrmrdMeta/>").encode())
+    root.extend(added)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}'
