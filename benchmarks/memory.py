@@ -8,6 +8,7 @@ Each writes benchmarks/results/memory_<name>.json and .md, with the command, the
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import json
@@ -17,16 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from melcore.errors import MemoryBudgetError
 from melcore.memory import IterationPlan, MemoryPlan
 from melcore.memory.meter import Meter, fake_tensors
-from melcore.memory.planner import MARGIN
+from melcore.memory.planner import MARGIN, choose
 from melcore.networks import ResidualCNN, SpaceTimeCNN
 from melcore.physics import Sense
 from melcore.unrolled import Encoding, MoDL, Unrolled
@@ -44,7 +46,7 @@ SWEEP: list[tuple[str, dict[str, Any]]] = [
     ("stream 32", {"chunk": 32}),
     ("stream 8", {"chunk": 8}),
     ("stream 8, physics twice", {"chunk": 8, "hold_physics": False}),
-    ("stream 8, states on the host", {"chunk": 8, "hold_physics": False, "states": "host"}),
+    ("stream 8, states on the host", {"chunk": 8, "keep_input": True, "states": "host"}),
     ("stream 8, 2 slots", {"chunk": 8, "hold_physics": False, "states": "slots"}),
 ]
 
@@ -59,23 +61,29 @@ def predict() -> list[dict[str, Any]]:
     full, small = (256, 320, 320), (160, 256, 256)
     network_3d = lambda: ResidualCNN(3, channels=64, layers=5)  # noqa: E731
     network_2dt = lambda: SpaceTimeCNN(2, channels=64, stages=3)  # noqa: E731
-    problems: list[tuple[str, Callable[[], Any], int, tuple[int, int, int], int, dict[str, int]]] = [
-        ("320x320x256, 8 coils, N=10", network_3d, 10, full, 8, {}),
-        ("320x320x256, 16 coils, N=10", network_3d, 10, full, 16, {}),
-        ("320x320x256, 8 coils, N=20", network_3d, 20, full, 8, {}),
-        ("256x256x160, 8 coils, N=10", network_3d, 10, small, 8, {}),
-        ("2D+time 200x180x25, 12 coils, N=10, batch 8", network_2dt, 10, (1, 180, 200), 12, {"time": 25, "batch": 8}),
+    dynamic = {"time": 25, "batch": 8}
+    problems: list[tuple[str, Callable[[], Any], int, tuple[int, int, int], int, dict[str, int], float]] = [
+        ("320x320x256, 8 coils, N=10", network_3d, 10, full, 8, {}, 9),
+        ("320x320x256, 16 coils, N=10", network_3d, 10, full, 16, {}, 11),
+        ("320x320x256, 8 coils, N=20", network_3d, 20, full, 8, {}, 10.5),
+        ("256x256x160, 8 coils, N=10", network_3d, 10, small, 8, {}, 6),
+        ("2D+time 200x180x25, 12 coils, N=10, batch 8", network_2dt, 10, (1, 180, 200), 12, dynamic, 12),
     ]
     rows = []
-    for title, network, count, shape, coils, options in problems:
+    for title, network, count, shape, coils, options, budget in problems:
         model = Unrolled.repeat(lambda network=network: MoDL(network()), count)
         with fake_tensors():
             measured, pure = (costs(model, shape, coils, fourier_cost=cost, **options) for cost in (10.0, 0.0))
             measured.physics  # noqa: B018
             pure.__dict__["physics"] = copy.copy(measured.physics)
             plain = MemoryPlan.uniform("plain", count)
-            for name, row_options in SWEEP:
-                plan = MemoryPlan((entry(name, row_options),) * count)
+            plans = {name: MemoryPlan((entry(name, row_options),) * count) for name, row_options in SWEEP}
+            for host in (False, True):
+                places = "device or host" if host else "device"
+                with contextlib.suppress(MemoryBudgetError):
+                    found = choose(measured, int(budget * 1e9), host=host)
+                    plans[f"the plan within {budget:g} GB, states on {places}: {_short(found)}"] = found
+            for name, plan in plans.items():
                 found = measured.predict(plan)
                 rows.append(
                     {
@@ -98,6 +106,12 @@ def predict() -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _short(plan: MemoryPlan) -> str:
+    """A plan in a few words."""
+    words = [f"{name}, {kept} ({where})" for name, kept, where in (entry.describe() for entry in plan.iterations)]
+    return "; ".join(f"{words.count(word)} x {word}" for word in dict.fromkeys(words))
 
 
 def _convolution(pure: Any, plan: MemoryPlan) -> float:
@@ -174,15 +188,17 @@ def _run(title: str, network: Callable[[], Any], matrix: tuple[int, int, int], f
 def _problem(matrix: tuple[int, int, int], frames: int, coils: int = 4) -> Encoding:
     axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in matrix]
     z, y, x = torch.meshgrid(*axes, indexing="ij")
-    maps = torch.stack([torch.polar(torch.exp(-((y - a) ** 2) - (x - b) ** 2), a * z + b * y) for a, b in _CENTRES])
-    maps = (maps / maps.abs().square().sum(0).sqrt())[None, None, :coils, None]
+    maps = torch.stack(
+        [torch.polar(torch.exp(-((y - a) ** 2) - (x - b) ** 2), a * z + b * y) for a, b in _CENTRES[:coils]]
+    )
+    maps = (maps / maps.abs().square().sum(0).sqrt())[None, None, :, None]
     mask = torch.rand(1, 1, frames, *matrix[:2], 1) > 0.7
     truth = torch.polar(((z**2 + y**2 + x**2) < 0.7).float(), 0.3 * y).expand(1, 1, frames, *matrix)
     operator = Sense(maps, mask, time=frames)
     return Encoding(operator, operator.adjoint(operator(truth.contiguous())))
 
 
-_CENTRES = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+_CENTRES = [(-1, -1), (-1, 1), (1, -1), (1, 1), (-1, 0), (1, 0), (0, -1), (0, 1)]
 
 
 def _convert(problem: Encoding, dtype: torch.dtype) -> Encoding:
@@ -232,46 +248,46 @@ def _published_reversal(made: Unrolled, problem: Encoding, steps: int = 5) -> li
 
 def bart() -> list[dict[str, Any]]:
     """BART's MoDL and ours: peak memory of the process and processor time of a step, by the number of iterations."""
-    rows = []
+    return [row for size in (96, 320) for row in _beside_bart(size)]
+
+
+def _beside_bart(size: int) -> Iterator[dict[str, Any]]:
+    idle = _measured(["bart", "version"], ".")[0]
     with tempfile.TemporaryDirectory() as folder:
 
         def tool(*arguments: str) -> None:
             subprocess.run(["bart", *arguments], check=True, capture_output=True, cwd=folder)
 
-        size = "96"
-        tool("phantom", "-x", size, "-s", "8", "-k", "full")
-        tool("phantom", "-x", size, "-S", "8", "maps")
-        tool("phantom", "-x", size, "image")
-        tool("upat", "-Y", size, "-Z", "1", "-y", "4", "-c", "24", "pattern")
+        tool("phantom", "-x", str(size), "-s", "8", "-k", "full")
+        tool("phantom", "-x", str(size), "-S", "8", "maps")
+        tool("phantom", "-x", str(size), "image")
+        tool("upat", "-Y", str(size), "-Z", "1", "-y", "4", "-c", "24", "pattern")
         tool("fmac", "full", "pattern", "k")
         for name in ("k", "maps", "image", "pattern"):  # reconet wants a batch of at least two
             tool("join", "15", name, name, f"{name}2")
         for count in (1, 5, 10, 20):
             for mode in ("", "--lowmem"):
-                usage = [_bart_usage(folder, count, mode, epochs) for epochs in (1, 2)]
-                rows.append(
-                    {
-                        "iterations": count,
-                        "method": f"bart reconet {mode}".strip(),
-                        "peak_mb": usage[1][0],
-                        "above_start_mb": usage[1][0] - 28,  # of a bart process that does nothing
-                        "seconds_per_step": (usage[1][1] - usage[0][1]) / 2,  # an epoch has two
-                    }
-                )
-                _say(rows[-1])
+                # The difference of one and two epochs of two steps each; one epoch alone where that takes minutes.
+                epochs = (1, 2) if size < 200 else (1,)
+                usage = [_bart_usage(folder, count, mode, number) for number in epochs]
+                seconds = usage[1][1] - usage[0][1] if len(usage) > 1 else usage[0][1]
+                yield _said(size, count, f"bart reconet {mode}".strip(), usage[-1][0], idle, seconds / 2)
             for chunk in (16, 64):
-                peak, above, seconds = _ours(count, chunk, int(size))
-                rows.append(
-                    {
-                        "iterations": count,
-                        "method": f"MEL stream {chunk}",
-                        "peak_mb": peak,
-                        "above_start_mb": above,
-                        "seconds_per_step": seconds,
-                    }
-                )
-                _say(rows[-1])
-    return rows
+                peak, above, seconds = _ours(count, chunk, size)
+                yield _said(size, count, f"MEL stream {chunk}", peak, peak - above, seconds)
+
+
+def _said(size: int, count: int, method: str, peak: float, idle: float, seconds: float) -> dict[str, Any]:
+    row = {
+        "image": f"{size}x{size}, 8 coils",
+        "iterations": count,
+        "method": method,
+        "peak_mb": peak,
+        "above_idle_mb": peak - idle,  # of the same process that does nothing yet
+        "seconds_per_step": seconds,
+    }
+    _say(row)
+    return row
 
 
 def _measured(command: list[str], folder: str) -> tuple[float, float]:
@@ -304,7 +320,7 @@ def _ours(count: int, chunk: int, size: int) -> tuple[float, float, float]:
 
 def _train(count: int, chunk: int, size: int, steps: int) -> None:
     torch.set_num_threads(1)
-    problem = _problem((1, size, size), 1)
+    problem = _problem((1, size, size), 1, coils=8)
     made = Unrolled.repeat(lambda: MoDL(ResidualCNN(2, channels=32, layers=5)), count)
     made.memory = MemoryPlan.uniform("stream", count, chunk=chunk)
     optimiser = torch.optim.Adam(made.parameters(), 1e-3)
