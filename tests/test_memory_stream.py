@@ -1,5 +1,6 @@
 """The wavefront: exact for every shape, chunk and way to continue the volume, and what it holds is bounded."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -9,12 +10,14 @@ from laws import random
 from memory_cases import NETWORKS, distance, encoding, gradients, model
 from torch import Tensor
 
-from melcore.memory import MemoryPlan
+from melcore.errors import ConfigError
+from melcore.memory import IterationPlan, MemoryPlan, verify
 from melcore.memory.executors.stream import Keep, Stream, why_not
+from melcore.memory.meter import Meter
 from melcore.memory.protocols import ExecutorLike
 from melcore.memory.streaming.schedule import Wavefront, capacity
 from melcore.networks import LocalRegulariser, ResidualCNN, SpaceTimeCNN
-from melcore.networks.layers import SpatialConvolution
+from melcore.networks.layers import SpatialConvolution, TemporalConvolution
 
 MODES = ("zeros", "replicate", "reflect", "circular")
 
@@ -99,6 +102,47 @@ def test_space_time_networks_are_exact(dimensions: int, mode: Any, time_mode: An
         assert_exact(Stream(chunk), prepared(network), shape)
 
 
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [(mode, size) for mode in MODES for size in (1, 2, 5) if mode != "reflect" or size > 1],
+)
+def test_series_of_every_length_are_exact_along_time(mode: Any, size: int) -> None:
+    network = prepared(SpaceTimeCNN(2, channels=3, stages=2, time_padding=mode))
+    for chunk in (1, 2, 3, 100):
+        assert_exact(Stream(chunk, "time"), network, (1, 1, size, 1, 3, 4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_long_kernels_and_batches_are_exact_along_time(dimensions: int, mode: Any) -> None:
+    space: Any = MODES[(MODES.index(mode) + 1) % 4]  # not the same in space as in time
+    network = SpaceTimeCNN(dimensions, channels=3, stages=2, padding=space, time_padding=mode, time_kernel=5)
+    for chunk, shape in itertools.product((1, 4), [(2, 1, 6, 3, 2, 5), (1, 1, 3, 2, 3, 2)]):
+        executor = Stream(chunk, "time") if chunk == 1 else Keep(chunk, 1, None, "time")
+        assert_exact(executor, prepared(network), shape)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_networks_without_time_are_exact_frame_by_frame(dimensions: int) -> None:
+    network = prepared(ResidualCNN(dimensions, channels=3, layers=3, padding="circular"))
+    for chunk in (1, 3):
+        assert_exact(Stream(chunk, "time"), network, (2, 1, 4, 3, 2, 5))
+
+
+def test_single_precision_is_exact_along_time_whichever_kernel_torch_takes() -> None:
+    """A small single image is cut in two for the fast kernel; frames are padded where they are cut."""
+    network = SpaceTimeCNN(2, channels=4, stages=2)
+    exact, x, gradient = copy.deepcopy(network).double(), *(random((1, 1, 3, 1, 7, 6), seed=seed) for seed in (1, 2))
+    expected = Stream(3, "time").vjp(exact, x, gradient, (), list(exact.parameters()))
+    with torch.no_grad():
+        inputs = (x.to(torch.complex64), gradient.to(torch.complex64))
+        found = Stream(1, "time").vjp(network, *inputs, (), list(network.parameters()))
+    for value, truth in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        assert value is not None
+        assert truth is not None
+        assert float((value - truth).norm()) < 1e-5 * float(truth.norm())
+
+
 def test_layers_that_differ_in_kernel_and_slope_are_exact() -> None:
     layers = [
         SpatialConvolution(2, 4, dimensions=3, kernel=1, slope=0.0),
@@ -124,6 +168,10 @@ def test_what_cannot_be_streamed_says_why() -> None:
     assert "negative slope" in (why_not(mixed) or "")
     assert "not made of local layers" in (why_not(torch.nn.Identity()) or "")
     assert why_not(ResidualCNN(3)) is None
+    chain = [TemporalConvolution(2, 3, padding="circular"), TemporalConvolution(3, 2, slope=1.0)]
+    mixed = LocalRegulariser(chain, dimensions="2d+t", sets=1)
+    assert why_not(mixed) is None
+    assert "different ways along time" in (why_not(mixed, "time") or "")
 
 
 def test_what_a_sweep_holds_does_not_grow_with_the_volume() -> None:
@@ -132,6 +180,44 @@ def test_what_a_sweep_holds_does_not_grow_with_the_volume() -> None:
     # By hand, for chunk c and depth 5: signal i waits for the gradient of layer i, which is 2 (5 - i) planes behind.
     assert all(planes <= 8 + 2 * (5 - index) + 8 for index, planes in enumerate(held[0].signals))
     assert all(planes <= 2 * 8 + 4 for planes in held[0].gradients)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_what_a_sweep_along_time_holds_does_not_grow_with_the_frames(mode: Any, backward: bool) -> None:
+    network = SpaceTimeCNN(2, channels=8, stages=2, padding="circular", time_padding=mode)
+    peaks = []
+    for frames in (24, 36):
+        x = random((1, 1, frames, 1, 6, 7), torch.complex64)
+        with Meter() as meter, torch.no_grad():
+            executor = Stream(2, "time")
+            result = executor.vjp(network, x, x, (), ())[0] if backward else executor.forward(network, x)[0]
+            assert result is not None
+            peaks.append(meter.peak - result.untyped_storage().nbytes())
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("executor", ["stream", "keep"])
+def test_streams_along_time_pass_the_self_check_and_wrong_networks_do_not(executor: Any) -> None:
+    plan = IterationPlan(executor, chunk=8, axis="time")
+    verify(SpaceTimeCNN(2, channels=3, stages=2), plan)
+    verify(ResidualCNN(2, channels=3, layers=3), plan)
+
+    class Averaging(ResidualCNN):
+        """Frames depend on each other behind the back of the layers."""
+
+        def forward(self, x: Tensor, *noise: Any) -> Tensor:
+            return super().forward(x + x.mean(2, keepdim=True), *noise)
+
+    with pytest.raises(ConfigError, match=f"Averaging executed as {executor} along time differs"):
+        verify(Averaging(2, channels=3, layers=3), plan)
+
+
+def test_a_plan_says_along_what_it_streams() -> None:
+    assert IterationPlan("stream", chunk=8, axis="time").describe()[0] == "stream 8 along time"
+    assert IterationPlan("stream", chunk=8).describe()[0] == "stream 8"
+    with pytest.raises(ConfigError, match=r"no axis to stream along 'z': choose one of readout, time"):
+        IterationPlan("stream", axis="z")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("executor", ["stream", "keep"])

@@ -5,6 +5,7 @@ be wrong without a sign of it; on a crop of a few dozen samples it shows at once
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ def verify(regulariser: nn.Module, plan: IterationPlan | MemoryPlan, *, sets: in
     double = copy.deepcopy(regulariser).double().eval()
     halo: tuple[int, ...] = getattr(regulariser, "halo", None) or (0, 2, 2, 2)
     z, y, x = (2 * width + 5 if width else 2 for width in halo[1:])
+    if any(entry.axis == "time" for entry in entries):
+        time = max(time, 2 * halo[0] + 5)
     generator = torch.Generator().manual_seed(1)
     shape = (1, getattr(regulariser, "sets", sets), time, z, y, x)
     device = next((parameter.device for parameter in regulariser.parameters()), torch.device("cpu"))
@@ -45,9 +48,9 @@ def verify(regulariser: nn.Module, plan: IterationPlan | MemoryPlan, *, sets: in
     for entry in entries:
         if entry.executor in ("plain", "checkpoint", "store"):
             continue
-        small = IterationPlan(
-            entry.executor, chunk=min(entry.chunk, max(halo[3], 1) + 2), kept_layers=entry.kept_layers
-        )
+        how = f"{entry.executor} along time" if entry.axis == "time" else entry.executor
+        along = halo[0 if entry.axis == "time" else 3]
+        small = replace(entry, chunk=min(entry.chunk, max(along, 1) + 2), precision="full")
         executor = executors.make(small, double)
         parameters = [parameter for parameter in double.parameters() if parameter.requires_grad]
         with torch.no_grad():
@@ -56,7 +59,7 @@ def verify(regulariser: nn.Module, plan: IterationPlan | MemoryPlan, *, sets: in
         for found, value in zip((output, first, *others), expected, strict=True):
             if found is None or float((found - value).norm()) > _BOUND * float(value.norm()):
                 raise ConfigError(
-                    f"{type(regulariser).__name__} executed as {entry.executor} differs from itself executed as a "
+                    f"{type(regulariser).__name__} executed as {how} differs from itself executed as a "
                     f"whole: its declared halo {tuple(halo)} along (time, z, y, x), or its structure, is wrong. "
                     "Correct the declaration, or choose the executor store."
                 )

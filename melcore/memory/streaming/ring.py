@@ -1,7 +1,5 @@
 """A window of consecutive planes of a signal, in memory that is allocated once."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -9,12 +7,12 @@ from melcore.memory.streaming.faces import ZERO, continued
 
 
 class Ring:
-    """Planes ``[low, high)`` of features ``(batch, channel, plane, ...)``, stored with the channels last.
+    """Planes ``[low, high)`` of features ``(n, channel, plane, ...)``.
 
     Parameters
     ----------
-    shape
-        Of the planes that are held at most: (batch, channel, planes, ...).
+    memory
+        For as many planes as are held at most, filled with zeros; see `Arrangement.allocate`.
     domain
         First and last plane of the signal; those beyond it are written by the ring itself.
     pad
@@ -23,11 +21,8 @@ class Ring:
         What they contain: zeros, or copies of planes inside.
     """
 
-    def __init__(
-        self, shape: Sequence[int], domain: tuple[int, int], pad: int, mode: str, *, like: Tensor, dtype: torch.dtype
-    ) -> None:
-        batch, channels, planes, *rest = shape
-        self._planes = torch.zeros((batch, planes, *rest, channels), dtype=dtype, device=like.device).movedim(-1, 1)
+    def __init__(self, memory: Tensor, domain: tuple[int, int], pad: int, mode: str) -> None:
+        self._planes = memory
         self._domain, self._pad, self._mode = domain, pad, mode
         self._base = self.low = domain[0] - pad
         self.high = domain[0]
