@@ -64,11 +64,19 @@ def bucket_to_buffer(messages: Iterator[Message], header: Header, settings: Buff
         if not isinstance(message, AcquisitionBucket):
             yield message
             continue
-        yield from _recon_data(message, header, settings)
+        groups = _groups(message, header, settings)
+        statistics = {"data": message.data_statistics, "reference": message.reference_statistics}
+        del message  # readouts are let go group by group, so that not all data are in memory twice
+        while groups:
+            yield _recon_data(groups.pop(min(groups)), statistics, header, settings)
 
 
-def _recon_data(bucket: AcquisitionBucket, header: Header, settings: BufferSettings) -> Iterator[ReconData]:
-    groups: dict[tuple[int, ...], dict[int, dict[str, list[Acquisition]]]] = {}
+#: Readouts of one ReconData: encoding space, then ``data`` and ``reference``.
+_Group = dict[int, dict[str, list[Acquisition]]]
+
+
+def _groups(bucket: AcquisitionBucket, header: Header, settings: BufferSettings) -> dict[tuple[int, ...], _Group]:
+    groups: dict[tuple[int, ...], _Group] = {}
     for kind, readouts in (("reference", bucket.reference), ("data", bucket.data)):
         for readout in readouts:
             space = int(readout.header["encoding_space_ref"])
@@ -76,24 +84,29 @@ def _recon_data(bucket: AcquisitionBucket, header: Header, settings: BufferSetti
                 raise DataError(f"a readout belongs to encoding {space}, but the header has {len(header.encodings)}.")
             group = groups.setdefault(_key(readout, settings), {}).setdefault(space, {"reference": [], "data": []})
             group[kind].append(readout)
-    for _, spaces in sorted(groups.items()):
-        bits = []
-        for space, kinds in sorted(spaces.items()):
-            encoding = header.encodings[space]
-            if not kinds["data"]:
-                raise DataError(
-                    f"{len(kinds['reference'])} calibration readouts came without any image readout of their slice or "
-                    "phase: trigger and N dimension must keep them together."
-                )
-            data, repeated = _buffer(kinds["data"], bucket.data_statistics[space], encoding, settings, reference=False)
-            if repeated:
-                header.provenance["lines"] = f"{repeated} lines were acquired more than once and averaged"
-            reference = None
-            if kinds["reference"]:
-                statistics = bucket.reference_statistics[space]
-                reference, _ = _buffer(kinds["reference"], statistics, encoding, settings, reference=True)
-            bits.append(ReconBit(data, reference))
-        yield ReconData(tuple(bits))
+    return groups
+
+
+def _recon_data(
+    spaces: _Group, statistics: dict[str, Statistics], header: Header, settings: BufferSettings
+) -> ReconData:
+    bits = []
+    for space, kinds in sorted(spaces.items()):
+        encoding = header.encodings[space]
+        if not kinds["data"]:
+            raise DataError(
+                f"{len(kinds['reference'])} calibration readouts came without any image readout of their slice or "
+                "phase: trigger and N dimension must keep them together."
+            )
+        data, repeated = _buffer(kinds["data"], statistics["data"][space], encoding, settings, reference=False)
+        if repeated:
+            header.provenance["lines"] = f"{repeated} lines were acquired more than once and averaged"
+        reference = None
+        if kinds["reference"]:
+            of_space = statistics["reference"][space]
+            reference, _ = _buffer(kinds["reference"], of_space, encoding, settings, reference=True)
+        bits.append(ReconBit(data, reference))
+    return ReconData(tuple(bits))
 
 
 def _key(readout: Acquisition, settings: BufferSettings) -> tuple[int, ...]:
@@ -200,7 +213,7 @@ def _columns(head: np.void, center: int, size: int, *, cartesian: bool) -> tuple
     return slice(offset, offset + count), slice(before, before + count)
 
 
-def _center_offsets(encoding: Encoding) -> tuple[int, int]:
+def center_offsets(encoding: Encoding) -> tuple[int, int]:
     """Array index minus counter, along E1 and E2: the centre of k-space belongs at N // 2."""
     offsets = [0, 0]
     for axis in (0, 1):
@@ -217,7 +230,7 @@ def _grid(
     """Counters of the first line along E1 and E2, and the sizes [RO, E1, E2]."""
     samples = int(first["number_of_samples"])
     if encoding.cartesian and not apart:
-        offset_1, offset_2 = _center_offsets(encoding)
+        offset_1, offset_2 = center_offsets(encoding)
         return (-offset_1, -offset_2), (samples, *encoding.encoded_matrix[1:])
     starts_1, size_1 = _range(statistics, COUNTERS[0])
     starts_2, size_2 = _range(statistics, COUNTERS[1])
@@ -238,7 +251,7 @@ def _sampling(encoding: Encoding, first: np.void, statistics: tuple[Array, ...],
         limits[0] = (int(first["discard_pre"]), samples // 2, samples - int(first["discard_post"]) - 1)
     else:
         limits[0] = (0, encoding.encoded_matrix[0] // 2, encoding.encoded_matrix[0] - 1)
-    for axis, offset in enumerate(_center_offsets(encoding), 1):
+    for axis, offset in enumerate(center_offsets(encoding), 1):
         limit = encoding.limits.get(f"kspace_encoding_step_{axis}")
         if limit is None:
             values = statistics[axis - 1]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gadgets.header import Header
+from gadgets.buffer_stage import center_offsets
+from gadgets.header import Encoding, Header
 from gadgets.image_headers import image_header, image_meta
 from gadgets.messages import Array, Image, ImageArray, ImageType, Message, ReconBit, ReconBuffer, ReconData
 from gadgets.settings import Bytes
@@ -212,18 +213,21 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
 
     from melcore.data import KSpace, Noise
 
-    if not header.encodings[0].cartesian:
+    encoding = header.encodings[0]
+    if not encoding.cartesian:
         raise DataError(
-            f"the trajectory is {header.encodings[0].trajectory}: pipelines reconstruct Cartesian data only; "
+            f"the trajectory is {encoding.trajectory}: pipelines reconstruct Cartesian data only; "
             "reconstruct the file by mel recon, without --pipeline."
         )
     data, lines = bit.data.data, _filled(bit.data)
     calibration = None
     if bit.reference is not None and bit.reference.data.size:
-        if bit.reference.data.shape == data.shape:
+        # Separate lines are of another time or contrast, and never lines of the image.
+        apart = encoding.calibration_mode in ("separate", "external")
+        if bit.reference.data.shape == data.shape and not apart:
             data, lines = _merged(data, lines, bit.reference)
         else:
-            calibration = bit.reference
+            calibration, bit = bit.reference, ReconBit(bit.data)
     chosen = _central_headers(bit, lines)
     whitening = header.provenance.get("whitening", "")
     by_scan = whitening.startswith("by ") or not whitening
@@ -236,15 +240,20 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
     infos = [scan_info(header.document, 0, heads[0] if heads else some) for heads in filled]
     geometry = tuple(info.geometry[0] for info in infos)
     info = dataclasses.replace(infos[0], geometry=geometry, provenance=dict(header.provenance))
-    size = header.encodings[0].encoded_matrix[1:]
+    size = encoding.encoded_matrix[1:]
 
-    def convert(array: Array, filled: npt.NDArray[np.bool_]) -> KSpace:
-        array, mask = _whole_matrix(array, filled, size)
+    def convert(array: Array, filled: npt.NDArray[np.bool_], first: tuple[int, int]) -> KSpace:
+        array, mask = _whole_matrix(array, filled, size, first)
         values = np.ascontiguousarray(layout.k_space_from_gadgetron(array), np.complex64)
         return KSpace(torch.from_numpy(values), torch.from_numpy(mask), info, noise)
 
-    k_space = convert(data, lines)
-    return k_space, None if calibration is None else convert(calibration.data, _filled(calibration)), chosen
+    if any(have < wanted for wanted, have in zip(size, data.shape[1:3], strict=True)):
+        _log.warning("the buffer %s is smaller than the encoded matrix %s: filled with zeros", data.shape[1:3], size)
+    k_space = convert(data, lines, (0, 0))
+    if calibration is None:
+        return k_space, None, chosen
+    lines = _filled(calibration)
+    return k_space, convert(calibration.data, lines, _first_lines(calibration, lines, encoding)), chosen
 
 
 def _filled(buffer: ReconBuffer) -> npt.NDArray[np.bool_]:
@@ -277,21 +286,38 @@ def _merged(data: Array, lines: npt.NDArray[np.bool_], reference: ReconBuffer) -
 
 
 def _whole_matrix(
-    data: Array, filled: npt.NDArray[np.bool_], size: tuple[int, int]
+    data: Array, filled: npt.NDArray[np.bool_], size: tuple[int, int], first: tuple[int, int]
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Data on the encoded matrix, and the mask ``(batch, 1, time, z, y, x)``.
+    """Data on the encoded matrix from lines `first` on, and the mask ``(batch, 1, time, z, y, x)``.
 
     Without `parallelImaging` a server's buffer ends at the last line of the range, while the centre of k-space stays at
     half of the encoded matrix.
     """
-    short = [max(0, wanted - have) for wanted, have in zip(size, data.shape[1:3], strict=True)]
-    if any(short):
-        _log.warning("the buffer %s is smaller than the encoded matrix %s: filled with zeros", data.shape[1:3], size)
-        widths = [(0, 0), (0, short[0]), (0, short[1])]
+    around = [(at, max(0, size[axis] - data.shape[axis + 1] - at)) for axis, at in enumerate(first)]
+    if any(map(any, around)):
+        widths = [(0, 0), *around]
         data = np.pad(data, widths + [(0, 0)] * 4)
         filled = np.pad(filled, widths + [(0, 0)] * 3)
     mask = layout.k_space_from_gadgetron(filled[:, :, :, None])
     return data, np.ascontiguousarray(mask)
+
+
+def _first_lines(buffer: ReconBuffer, filled: npt.NDArray[np.bool_], encoding: Encoding) -> tuple[int, int]:
+    """Where on the encoded matrix the lines of a separate calibration begin; its buffer holds no more than these.
+
+    Their counters tell. Where they would miss the centre of k-space they count by themselves, around it.
+    """
+    lines = np.argwhere(filled.any(axis=0))
+    if not len(lines):
+        raise DataError("the separate calibration holds no samples at all: no coil maps can be estimated from it.")
+    counters = buffer.headers[tuple(lines[0])]["idx"]
+    first = []
+    for axis, offset in enumerate(center_offsets(encoding)):
+        have, size = buffer.data.shape[axis + 1], encoding.encoded_matrix[axis + 1]
+        start = int(counters[f"kspace_encode_step_{axis + 1}"]) + offset - int(lines[0][axis])
+        within = start >= 0 and start + have <= size and start <= size // 2 < start + have
+        first.append(start if within else max(0, size // 2 - have // 2))
+    return first[0], first[1]
 
 
 def _central_headers(bit: ReconBit, filled: npt.NDArray[np.bool_]) -> Array:
