@@ -514,3 +514,26 @@ def test_the_command_survives_a_signal_and_writes_a_bundle(tmp_path: Path, capsy
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     weights = checkpoint.read(saved)[0]
     assert all(torch.equal(weights[f"model/{name}"], value) for name, value in bundle.model.state_dict().items())
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Shared batches, gradients added up once: the same training but for rounding."""
+    settings = {"steps": 5, "validation_interval": 5, "batch": 3}
+    script = str(Path(training.__file__).with_name("fit.py"))
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        config = folder / "tiny.yaml"
+        content = tiny(folder, training=settings, data={"cache": str(tmp_path / "cache")}).to_dict()
+        config.write_text(yaml.safe_dump(content))
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *start, script, str(config)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(Bundle.load(folder / "tiny.safetensors"))
+    one, two = found
+    assert one.card["steps"] == two.card["steps"] == 5
+    for ours, reference in zip(two.model.parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)

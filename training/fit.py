@@ -7,6 +7,7 @@ SIGTERM): the checkpoint is saved first, and --resume continues bit by bit.
 Example:
   mel fit training/configs/modl_2d.yaml
   python training/fit.py training/configs/modl_2d.yaml training.steps=500 optimiser.learning_rate=1e-3 --resume
+  torchrun --nproc-per-node 2 training/fit.py training/configs/modl_2d.yaml training.batch=2
 """
 
 import argparse
@@ -47,34 +48,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; 0 when the bundle is written, 128 + the signal's number when a signal ended it."""
     _require("pydantic", "tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
     from training.config import load
     from training.data import prepare_examples
+    from training.parallel import join, leave
     from training.trainer import InterruptedTrainingError, Trainer, check_fresh
 
     config = load(arguments.config, arguments.overrides)
     directory = config.output.directory
     if not arguments.resume:
         check_fresh(directory / "checkpoint.safetensors")
+    team = join(config.training.device)
+    quiet = arguments.quiet or not team.leads
     settings = config.data
-    with _bar(settings.examples + settings.validation, "examples", arguments.quiet) as bar:
+    if not team.leads:
+        team.wait()  # then the examples are there
+    with _bar(settings.examples + settings.validation, "examples", quiet) as bar:
         training, validation = prepare_examples(settings, config.to_preparation(), bar.update)
-    trainer = Trainer(config, training, validation)
+    if team.leads:
+        team.wait()
+    trainer = Trainer(config, training, validation, team=team)
     if arguments.resume:
         trainer.resume()
     with (
-        SummaryWriter(str(directory / "tensorboard"), purge_step=trainer.step) as board,
-        _bar(config.training.steps, "training", arguments.quiet, initial=trainer.step) as bar,
+        _board(directory, trainer) as board,
+        _bar(config.training.steps, "training", quiet, initial=trainer.step) as bar,
         _signals(trainer) as received,
     ):
-        _observe(trainer, board, bar)
+        if board is not None:
+            _observe(trainer, board, bar)
         try:
             trainer.run()
         except InterruptedTrainingError as stop:
             bar.close()
-            tqdm.write(f"mel fit: {stop}", file=sys.stderr)
-            return 128 + received[0]
+            if team.leads:
+                tqdm.write(f"mel fit: {stop}", file=sys.stderr)
+            return 128 + (received[0] if received else signal.SIGTERM)
+        finally:
+            leave(team)
+        if not team.leads:
+            return 0
         metrics = trainer.metrics or trainer.validate()
     bundle = Bundle(
         trainer.model.cpu().eval(), config.model, config.to_preparation(), make_card(config, trainer, metrics)
@@ -82,6 +94,18 @@ def run(arguments: argparse.Namespace) -> int:
     path = bundle.save(config.output.bundle)
     tqdm.write(f"{path} ({path.stat().st_size / 1e3:.0f} kB)\n{_table(metrics)}")
     return 0
+
+
+@contextmanager
+def _board(directory: Path, trainer: "Trainer") -> Iterator[Any]:
+    """TensorBoard's writer, in the process that reports."""
+    if not trainer.team.leads:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory / "tensorboard"), purge_step=trainer.step) as board:
+        yield board
 
 
 def make_card(config: "Config", trainer: "Trainer", metrics: "Metrics") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from melcore.unrolled import Unrolled, build
 from training import checkpoint
 from training.config import Config
 from training.data import Example, window_readout
+from training.parallel import Team
 from training.problem import Problem, place
 from training.validation import Metrics, evaluate
 
@@ -64,6 +65,11 @@ def order(step: int, count: int, config: Config) -> list[int]:
     return chosen
 
 
+def step_seed(step: int, config: Config) -> int:
+    """Seed of what is random in a step."""
+    return config.training.seed * 1_000_003 + step
+
+
 def random_factor(scale_jitter: float, generator: torch.Generator) -> complex:
     """Random global phase and a little scale, by which the k-space, start image and truth of an example are multiplied.
 
@@ -98,6 +104,8 @@ class Trainer:
         Called after every step with its number and figures: ``loss``, ``gradient``, ``learning_rate``, ``seconds``.
     on_validation
         Called with the step and the metrics of all methods.
+    team
+        The processes that train together; the first one alone validates and saves.
     """
 
     config: Config
@@ -105,6 +113,7 @@ class Trainer:
     validation: Sequence[Example]
     report: Callable[[int, dict[str, float]], None] = _ignore
     on_validation: Callable[[int, Metrics], None] = _ignore
+    team: Team = field(default_factory=Team)
     step: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
     history: list[dict[str, float]] = field(init=False, default_factory=list)
@@ -127,6 +136,7 @@ class Trainer:
         volume = self.config.data.dimensions.startswith("3d")
         self.loss = ReconstructionLoss(loss.l1, loss.l2, loss.ssim, dimensions=3 if volume else 2)
         self._stop: str | None = None
+        self._agreed: str | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -162,6 +172,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present state."""
+        if not self.team.leads:
+            return
         memory = self.model.memory.to_dict() if self.model.memory else None
         progress = checkpoint.Progress(self.step, self.seconds, self.config.to_dict(), tuple(self.history), memory)
         checkpoint.save(self.checkpoint, self.model, self.optimiser, progress)
@@ -185,13 +197,15 @@ class Trainer:
             self.seconds += elapsed
             self.report(self.step, {**figures, "seconds": elapsed})
             last = self.step == settings.steps
-            if last or self.step % settings.validation_interval == 0:
+            if self.team.leads and (last or self.step % settings.validation_interval == 0):
                 self.validate()
-            if last or self._stop or self.step % settings.checkpoint_interval == 0:
+            # Processes that train together stop after the same step, one alone at once.
+            stop = self._stop if self.team.size == 1 else self._agreed
+            if last or stop or self.step % settings.checkpoint_interval == 0:
                 self.save()
-            if self._stop and not last:
+            if stop and not last:
                 raise InterruptedTrainingError(
-                    f"{self._stop} at step {self.step} of {settings.steps}; {self.checkpoint} is saved: "
+                    f"{stop} at step {self.step} of {settings.steps}; {self.checkpoint} is saved: "
                     "continue with --resume."
                 )
 
@@ -200,7 +214,13 @@ class Trainer:
         settings = self.config.optimiser
         self.model.train()
         members = order(self.step, len(self.examples), self.config)
-        total = retrying(self.model, lambda: self._accumulate(members))
+        share = self.team.share(range(len(members)))
+        # What is random in the network depends on the step and the process, so that it can be repeated.
+        torch.manual_seed((step_seed(self.step, self.config) * 64 + self.team.rank) % (1 << 63))
+        total = retrying(self.model, lambda: self._accumulate(members, share))
+        self.team.add_gradients(self.model)
+        total, stops = self.team.add(total, float(self._stop is not None), device=self.device)
+        self._agreed = self._stop or "stopped by another process" if stops else None
         if self.step < settings.frozen_steps:
             for name, parameter in self.model.named_parameters():
                 if ".regulariser." not in name:
@@ -221,13 +241,13 @@ class Trainer:
         self.optimiser.step()
         return {"loss": total, "gradient": norm, "learning_rate": rate}
 
-    def _accumulate(self, members: Sequence[int]) -> float:
-        """Gradients of the mean loss of some examples, and that loss."""
+    def _accumulate(self, members: Sequence[int], share: Sequence[int]) -> float:
+        """Gradients of the mean loss of a batch, as far as the members in these places contribute, and that loss."""
         self.optimiser.zero_grad(set_to_none=True)
-        total, seed = 0.0, self.config.training.seed * 1_000_003 + self.step
-        for member, index in enumerate(members):
-            generator = torch.Generator().manual_seed(seed * 64 + member)
-            example = crop(self.examples[index], self.config.training.readout_window, generator)
+        total, seed = 0.0, step_seed(self.step, self.config)
+        for position in share:
+            generator = torch.Generator().manual_seed(seed * 64 + position)
+            example = crop(self.examples[members[position]], self.config.training.readout_window, generator)
             problem = place(example, self.device, random_factor(self.config.training.scale_jitter, generator))
             del example
             loss = self._loss(problem) / len(members)
