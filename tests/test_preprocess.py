@@ -275,6 +275,25 @@ def test_a_large_poisson_mask_takes_less_than_a_second():
     assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize(("shape", "acceleration"), [((320, 256), 12), ((41, 96), 5), ((1, 60), 3), ((30, 30), 1)])
+def test_radial_masks_are_spokes_through_the_centre(shape, acceleration):
+    start = time.process_time()
+    mask = masks.radial_spokes(shape, acceleration, calibration=(6, 7), seed=3)
+    assert time.process_time() - start < 1
+    assert int(mask.sum()) == round(mask.numel() / acceleration)
+    assert mask[shape[0] // 2, shape[1] // 2]
+    assert torch.equal(mask, masks.radial_spokes(shape, acceleration, calibration=(6, 7), seed=3))
+    if acceleration == 12:
+        assert not torch.equal(mask, masks.radial_spokes(shape, acceleration, calibration=(6, 7), seed=4))
+        # As many samples at any radius: the density falls as one over it.
+        y, x = torch.meshgrid(torch.arange(320) - 160, torch.arange(256) - 128, indexing="ij")
+        radius = (y.square() + x.square()).double().sqrt()
+        counts = [float(mask[(radius >= r) & (radius < r + 20)].sum()) for r in (30, 60, 90)]
+        assert max(counts) < 1.15 * min(counts)
+        # From every direction.
+        assert min(float(mask[half].sum()) for half in (y > abs(x), x > abs(y), -y > abs(x), -x > abs(y))) > 900
+
+
 def test_lines_and_cine_masks():
     uniform = masks.uniform_lines(97, 4, 10)
     assert uniform[97 // 2]

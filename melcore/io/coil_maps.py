@@ -166,23 +166,24 @@ def estimate_maps(
         rest = None if end is None else max(end - time.monotonic(), 0.0)
         return cached_run(command, array, outputs, cache=cache, timeout=rest, threads=threads, cancel=cancel)
 
-    maps, eigenvalues = [], []
-    for index in range(len(source.data)):
+    batch, coils = source.data.shape[:2]
+    data = source.data.new_empty((batch, plan.sets, coils, 1, *plan.shape), dtype=torch.complex64, device="cpu")
+    eigenvalues = []
+    for index in range(batch):
         try:
-            found = execute(plan, _centre(source, index, plan.region), ask)
+            # Into its place, for a volume of maps may not fit twice.
+            found = execute(plan, _centre(source, index, plan.region), ask, out=data[index, :, :, 0])
         except (DataError, ToolError) as error:
-            if len(source.data) == 1:
+            if batch == 1:
                 raise
-            raise type(error)(f"coil maps of slice {index} of {len(source.data)}: {error}") from None
-        maps.append(found[0])
-        eigenvalues.append(found[1])
-    data = torch.stack(maps).unsqueeze(3).to(source.data.device)
+            raise type(error)(f"coil maps of slice {index} of {batch}: {error}") from None
+        eigenvalues.append(found)
     how = "bart " + " ".join(plan.command)
     if plan.interpolated:
         how += f", interpolated from {'x'.join(map(str, plan.grid))}"
     weights = None if plan.command[0] == "caldir" else torch.stack([v for v in eigenvalues if v is not None])
     return MapEstimate(
-        CoilMaps(data, how, _GAUGES[settings.method]),
+        CoilMaps(data.to(source.data.device), how, _GAUGES[settings.method]),
         None if weights is None else weights.unsqueeze(2).to(source.data.device),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from melcore import layout
 from melcore.errors import ConfigError, DataError
 from melcore.io.cfl import Complex
-from melcore.preprocess.map_interpolation import grid_positions, interpolate_maps
+from melcore.preprocess.map_interpolation import grid_positions, interpolated_planes
 
 Size = tuple[int, int, int]
 
@@ -130,9 +130,9 @@ def _grid(size: int, kernel: int, region: int, *, reduced: bool) -> int:
 
 
 def execute(
-    plan: Plan, centre: Complex, ask: Callable[[list[str], Complex, int], list[Complex]]
-) -> tuple[Tensor, Tensor | None]:
-    """Maps ``(set, coil, z, y, x)`` and eigenvalues ``(set, z, y, x)`` of one element of the batch.
+    plan: Plan, centre: Complex, ask: Callable[[list[str], Complex, int], list[Complex]], *, out: Tensor
+) -> Tensor | None:
+    """Maps of one element of the batch, written into `out`, and their eigenvalues ``(set, z, y, x)``.
 
     Parameters
     ----------
@@ -140,6 +140,8 @@ def execute(
         The used part of its calibration region, ``(coil, z, y, x)``.
     ask
         Runs a command of BART on an array and returns so many outputs.
+    out
+        Complex64 ``(set, coil, z, y, x)``.
 
     Raises
     ------
@@ -158,7 +160,8 @@ def execute(
     array = layout.k_space_to_bart(np.pad(centre / peak, [(0, 0), *padding])[np.newaxis, :, np.newaxis])
     if plan.command[0] == "caldir":
         (found,) = ask(plan.asked, array, 1)
-        return _tensor(layout.coil_maps_from_bart(found)[0, :, :, 0]), None
+        out.copy_(_tensor(layout.coil_maps_from_bart(found)[0, :, :, 0]))
+        return None
     answer = ask(plan.asked, array, 2)
     maps = _tensor(layout.coil_maps_from_bart(answer[0])[0, :, :, 0])
     eigenvalues = _tensor(layout.image_from_bart(answer[1])[0, :, 0].real)
@@ -166,13 +169,17 @@ def execute(
     threshold = plan.crop if bool((eigenvalues[0] > plan.crop).any()) else -1.0
     if plan.interpolated:
         reference = _principal_component(torch.from_numpy(centre), maps[0])
-        maps, eigenvalues = interpolate_maps(maps, eigenvalues, plan.shape, reference, threshold)
-        return maps[: plan.sets], eigenvalues[: plan.sets]
+        fine = eigenvalues.new_empty(plan.sets, *plan.shape)
+        planes = interpolated_planes(maps, eigenvalues, plan.shape, reference, threshold)
+        for z, (plane, values) in enumerate(planes):
+            out[:, :, z], fine[:, z] = plane[: plan.sets], values[: plan.sets]
+        return fine
     for axis, (size, n) in enumerate(zip(plan.shape, plan.grid, strict=True), -3):
         if size != n:
             voxels = grid_positions(size, n).long()
             maps, eigenvalues = maps.index_select(axis, voxels), eigenvalues.index_select(axis, voxels)
-    return maps * (eigenvalues > threshold).unsqueeze(1), eigenvalues
+    torch.mul(maps, (eigenvalues > threshold).unsqueeze(1), out=out)
+    return eigenvalues
 
 
 def _principal_component(centre: Tensor, maps: Tensor) -> Tensor:

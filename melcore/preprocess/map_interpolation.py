@@ -6,7 +6,9 @@ where two eigenvalues come close, a unitary mixture of their own). So neighbours
 the phase is fixed anew at the end by the rule that also fixed it on the coarse grid.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +18,15 @@ from melcore.errors import ShapeError
 _TINY = 1e-20
 
 
-def interpolate_maps(
+def interpolated_planes(
     maps: Tensor, eigenvalues: Tensor, shape: Sequence[int], reference: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Interpolate map sets, and the eigenvalues behind them, onto a grid of the same field of view.
 
     Cubic along each axis, from aligned neighbours; the field of view is periodic, as ESPIRiT's is. The result is
     orthonormal over the sets in every voxel, its phase such that ``reference^H maps`` is real and positive, and zero
-    where the eigenvalue is not above `threshold`.
+    where the eigenvalue is not above `threshold`. It comes plane by plane along z, so that little more than four planes
+    exist at a time.
 
     Parameters
     ----------
@@ -38,10 +41,10 @@ def interpolate_maps(
     threshold
         Between 0 and 1.
 
-    Returns
-    -------
+    Yields
+    ------
     maps, eigenvalues
-        On the new grid.
+        Of one plane: ``(set, coil, y, x)`` and ``(set, y, x)``.
 
     Raises
     ------
@@ -54,15 +57,24 @@ def interpolate_maps(
             f"maps {tuple(maps.shape)} must be (set, coil, z, y, x), the eigenvalues {tuple(eigenvalues.shape)} of "
             f"their grid, and the reference {tuple(reference.shape)} of their coils."
         )
-    # The slowest axis last: planes of the result are then contiguous for each coil, and worked on one at a time.
-    for axis in (-1, -2, -3):
-        maps, eigenvalues = _along(maps, eigenvalues, axis, shape[axis])
-    for plane in range(shape[0]):
-        values = maps[:, :, plane]
-        phase = torch.tensordot(values, reference.conj(), dims=([1], [0]))
-        phase = phase.conj() / phase.abs().clamp(min=_TINY) * (eigenvalues[:, plane] > threshold)
-        values *= phase.unsqueeze(1)
-    return maps, eigenvalues
+    coarse = maps.shape[-3]
+
+    @functools.lru_cache(maxsize=4)
+    def plane(z: int) -> tuple[Tensor, Tensor]:
+        """A plane of the coarse grid, fine within itself."""
+        return _along(*_along(maps[:, :, z], eigenvalues[:, z], -1, shape[2]), -2, shape[1])
+
+    for position in grid_positions(shape[0], coarse).tolist():
+        cell = math.floor(position)
+        here, values = plane(cell % coarse)
+        if position != cell:
+            nodes = [plane((cell + step) % coarse) for step in (-1, 0, 1, 2)]
+            turned = [_turned(*node, here) for node in nodes]
+            weights = _weights(position - cell)
+            here, values = _eigenvectors(*(_sum(weights, parts) for parts in zip(*turned, strict=True)))
+        phase = torch.tensordot(here, reference.conj(), dims=([1], [0]))
+        phase = phase.conj() / phase.abs().clamp(min=_TINY) * (values > threshold)
+        yield here * phase.unsqueeze(1), values
 
 
 def grid_positions(size: int, coarse: int) -> Tensor:

@@ -149,6 +149,45 @@ def _update_distances(
         nearest[around] = np.minimum(nearest[around], distance)
 
 
+def radial_spokes(
+    shape: tuple[int, int], acceleration: float, *, calibration: tuple[int, int] = (24, 24), seed: int
+) -> torch.Tensor:
+    """Spokes through the centre of two phase-encoding directions, on the grid: boolean ``(z, y)``.
+
+    Each spoke is rotated by the golden angle (Winkelmann et al., IEEE TMI 26, 2007) from one at random, and takes the
+    positions of the grid that are nearest to it; the last one ends, on its way outwards, where the number of samples
+    is reached, exactly.
+
+    Parameters
+    ----------
+    shape, acceleration, calibration, seed
+        As for `poisson_disc`.
+
+    Raises
+    ------
+    ConfigError
+        If the calibration region alone exceeds the number of samples.
+    """
+    mask = _centre(shape, calibration)
+    missing = _samples(mask, acceleration) - int(mask.sum())
+    golden = math.pi * (math.sqrt(5) - 1) / 2
+    angle = np.random.default_rng(seed).random() * math.pi
+    # Half a step at a time, from the centre to both ends in turn, and as far as the corners.
+    radius = np.arange(0, math.ceil(math.hypot(*shape)) + 1) / 2
+    along = np.stack([radius, -radius], axis=1).ravel()
+    while missing > 0:
+        z = np.rint(shape[0] // 2 + along * math.sin(angle)).astype(int)
+        y = np.rint(shape[1] // 2 + along * math.cos(angle)).astype(int)
+        inside = (z >= 0) & (z < shape[0]) & (y >= 0) & (y < shape[1])
+        flat = z[inside] * shape[1] + y[inside]
+        flat = flat[~mask.ravel()[flat]]
+        new = flat[np.sort(np.unique(flat, return_index=True)[1])][:missing]
+        mask.ravel()[new] = True
+        missing -= new.size
+        angle += golden
+    return torch.from_numpy(mask)
+
+
 def uniform_lines(y: int, acceleration: float, calibration: int = 24) -> torch.Tensor:
     """Every n-th line, with n the integer nearest to `acceleration`, and the central `calibration` lines: ``(y,)``.
 
