@@ -197,14 +197,19 @@ def accumulate_trigger(messages: Iterator[Message], _header: Header, settings: T
 def _buckets(buckets: dict[int, list[Acquisition]], waveforms: list[Waveform]) -> Iterator[AcquisitionBucket]:
     full = [buckets[key] for key in sorted(buckets)]
     buckets.clear()
-    for readouts in full:
-        flags = [int(readout.header["flags"]) for readout in readouts]
-        both = _CALIBRATION | _CALIBRATION_AND_IMAGING
-        data = [readout for readout, flag in zip(readouts, flags, strict=True) if not flag & _CALIBRATION]
-        reference = [readout for readout, flag in zip(readouts, flags, strict=True) if flag & both]
+    while full:
+        # Nothing here may hold the readouts on while those downstream work on them, or wait.
+        yield _bucket(full.pop(0), waveforms)
         # The waveforms of the time since the last trigger belong to no bucket in particular: the first takes them.
-        yield AcquisitionBucket(data, reference, _statistics(data), _statistics(reference), tuple(waveforms))
         waveforms.clear()
+
+
+def _bucket(readouts: list[Acquisition], waveforms: list[Waveform]) -> AcquisitionBucket:
+    flags = [int(readout.header["flags"]) for readout in readouts]
+    both = _CALIBRATION | _CALIBRATION_AND_IMAGING
+    data = [readout for readout, flag in zip(readouts, flags, strict=True) if not flag & _CALIBRATION]
+    reference = [readout for readout, flag in zip(readouts, flags, strict=True) if flag & both]
+    return AcquisitionBucket(data, reference, _statistics(data), _statistics(reference), tuple(waveforms))
 
 
 def _statistics(readouts: Sequence[Acquisition]) -> Statistics:

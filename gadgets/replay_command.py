@@ -4,9 +4,9 @@ The raw data go through the chain that was asked for when they came, with anothe
 broke off, because the scanner or the server stopped, is reconstructed as far as its images are complete, and labelled.
 
     mel replay --list
-    mel replay 20261122T134501-3fa9c1
-    mel replay 20261122T134501-3fa9c1 --model brain3d.safetensors -o images.h5
-    mel replay /data/spool/20261122T134501-3fa9c1/raw.log --incomplete -o images.h5
+    mel replay 20261122T134501-123-3fa9
+    mel replay 20261122T134501-123-3fa9 --model brain3d.safetensors -o images.h5
+    mel replay /data/spool/20261122T134501-123-3fa9/raw.log --incomplete -o images.h5
     mel replay exam.h5 --model none -o images.h5
 """
 

@@ -88,8 +88,8 @@ class Exam:
     def size(self) -> int:
         """Bytes on the disk."""
         total = 0
-        for path in self.folder.iterdir():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may be removed meanwhile
+            for path in self.folder.iterdir():
                 total += path.stat().st_size
         return total
 
@@ -187,12 +187,13 @@ class Spool:
                         exams.remove(exam)
             if self.limit is None:
                 return
-            total = sum(exam.size for exam in exams)
-            for exam in exams:
+            sizes = [exam.size for exam in exams]
+            total = sum(sizes)
+            for exam, size in zip(exams, sizes, strict=True):
                 if total <= self.limit:
                     return
-                if exam.record.state in DONE:
-                    total -= exam.size if _remove(exam) else 0
+                if exam.record.state in DONE and _remove(exam):
+                    total -= size
             if total > self.limit:
                 _log.warning(
                     "the spool %s holds %s, more than its limit of %s, of exams that are not delivered: replay them "
@@ -252,8 +253,9 @@ class SpooledExam:
 
 
 def new_id() -> str:
-    """An id that sorts by time: ``20261122T134501-3fa9c1``."""
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + secrets.token_hex(3)
+    """An id that sorts by time: ``20261122T134501-123-3fa9``."""
+    now = time.time()
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}-{int(now * 1e3) % 1000:03d}-{secrets.token_hex(2)}"
 
 
 def read_record(folder: Path) -> Record:
