@@ -79,6 +79,26 @@ def test_the_prediction_holds_for_mixed_plans_and_for_time() -> None:
     assert predicted == pytest.approx(measured_peak(made, memory, time=6, matrix=(1, 40, 48)), rel=0.1)
 
 
+@pytest.mark.parametrize("executor", ["stream", "keep"])
+def test_the_prediction_holds_along_time(executor: Any) -> None:
+    torch.manual_seed(0)
+    made = Unrolled.repeat(lambda: MoDL(SpaceTimeCNN(2, channels=8, stages=2), cg_iterations=4), 3)
+    memory = MemoryPlan((IterationPlan(executor, chunk=2, axis="time"),) * 3)
+    with fake_tensors():
+        predicted = costs(made, (1, 20, 24), COILS, time=40).peak(memory)
+    assert predicted == pytest.approx(measured_peak(made, memory, time=40, matrix=(1, 20, 24)), rel=0.1)
+
+
+def test_a_long_series_is_streamed_along_time() -> None:
+    made = Unrolled.repeat(lambda: MoDL(SpaceTimeCNN(2, channels=32, stages=2), cg_iterations=1), 2)
+    with fake_tensors():
+        measured = costs(made, (1, 16, 18), 2, time=300)
+        least = [measured.peak(MemoryPlan.uniform("stream", 2, chunk=2, axis=axis)) for axis in ("readout", "time")]
+    assert least[1] < 0.8 * least[0]
+    found = plan(made, (1, 16, 18), 2, round(1.1 * least[1]), time=300, host=False)
+    assert {entry.axis for entry in found.iterations} == {"time"}
+
+
 def test_memory_grows_by_one_image_an_iteration_or_not_at_all() -> None:
     image = 8 * MATRIX[0] * MATRIX[1] * MATRIX[2]
     stream = IterationPlan("stream", chunk=4)

@@ -16,9 +16,10 @@ from torch import Tensor
 from melcore.errors import MemoryBudgetError
 from melcore.memory import executors
 from melcore.memory.meter import Meter
-from melcore.memory.plan import IterationPlan, MemoryPlan
+from melcore.memory.plan import Axis, IterationPlan, MemoryPlan
 from melcore.memory.protocols import EncodingLike, IterationLike, State
 from melcore.memory.states import recomputed
+from melcore.memory.streaming.sweep import AXES
 from melcore.memory.unit import Unit
 from melcore.units import format_bytes
 
@@ -102,7 +103,7 @@ class Costs:
 
     def network(self, plan: IterationPlan) -> Cost:
         """The regulariser alone under an executor."""
-        key = (plan.executor, plan.chunk, plan.kept_layers, plan.precision)
+        key = (plan.executor, plan.chunk, plan.kept_layers, plan.precision, plan.axis)
         if key not in self._networks:
             self._networks[key] = self._plain() if plan.executor in ("plain", "checkpoint") else self._executed(plan)
         return self._networks[key]
@@ -123,9 +124,10 @@ class Costs:
     def _executed(self, plan: IterationPlan) -> Cost:
         regulariser = self.iteration.regulariser
         executor = executors.make(plan, regulariser)
-        whole, planes = self.x.shape[-1], self._enough(plan)
+        axis = 2 if plan.axis == "time" else 5
+        whole, planes = self.x.shape[axis], self._enough(plan, self.x.shape[axis])
         with Meter() as meter:
-            x = self.x[..., :planes].detach().clone()
+            x = self.x.narrow(axis, 0, planes).detach().clone()
             before = _begin(meter)
             with torch.no_grad():
                 output, kept_tensors = executor.forward(regulariser, x)
@@ -142,14 +144,14 @@ class Costs:
             forward += more + (kept - round(kept / part))
             return Cost(kept, forward, backward + more, work * part, self._work(meter) * part)
 
-    def _enough(self, plan: IterationPlan) -> int:
+    def _enough(self, plan: IterationPlan, size: int) -> int:
         """Planes after which a wavefront is in its steady state: the rest of the volume repeats itself."""
-        size = int(self.x.shape[-1])
-        halo = getattr(self.iteration.regulariser, "halo", None)
-        streams = executors.why_not(plan.executor, self.iteration.regulariser) is None
+        regulariser = self.iteration.regulariser
+        halo = getattr(regulariser, "halo", None)
+        streams = executors.why_not(plan.executor, regulariser, plan.axis) is None
         if plan.executor not in ("stream", "keep") or not streams or halo is None:
             return size
-        return min(size, 4 * plan.chunk + 8 * halo[3])
+        return min(size, 4 * plan.chunk + 8 * int(halo[AXES[plan.axis]]))
 
     def _work(self, meter: Meter) -> float:
         work = meter.convolution + self.fourier_cost * meter.fourier
@@ -236,9 +238,10 @@ class Costs:
     def bases(self) -> Iterator[MemoryPlan]:
         """Uniform plans, the fastest first as far as is known beforehand."""
         regulariser, count = self.iteration.regulariser, self.count
-        streams = executors.why_not("stream", regulariser) is None
-        smallest = [IterationPlan("stream", chunk=chunk) for chunk in CHUNKS]
-        if not streams:
+        axes: list[Axis] = ["readout", "time"] if self.x.shape[2] > 1 else ["readout"]
+        axes = [axis for axis in axes if executors.why_not("stream", regulariser, axis) is None]
+        smallest = [IterationPlan("stream", chunk=chunk, axis=axis) for chunk in CHUNKS for axis in axes]
+        if not smallest:
             others = (("store", 16), ("nested", 16), ("tile", 128), ("tile", 64))
             smallest = [
                 IterationPlan(name, chunk=chunk)  # type: ignore[arg-type]
@@ -274,21 +277,21 @@ class Costs:
         """The base with more and more of its last iterations keeping what they can, most first."""
         first_entry, hold = base.iterations[0], base.iterations[0].hold_physics
         for last in range(self.count, -1, -1):
-            for kept in self._keeping(last):
+            for kept in self._keeping(last, first_entry.axis):
                 first = self.count - len(kept)
                 small = (replace(first_entry, keep_input=False),) * first
                 plan = replace(base, iterations=(*small, *kept))
                 yield self._lightest(plan, first) if hold else plan
         yield base
 
-    def _keeping(self, last: int) -> Iterator[tuple[IterationPlan, ...]]:
+    def _keeping(self, last: int, axis: Axis) -> Iterator[tuple[IterationPlan, ...]]:
         """So many iterations that keep all activations, behind one that keeps a few; from many to few."""
         regulariser = self.iteration.regulariser
-        if executors.why_not("keep", regulariser) is not None:
+        if executors.why_not("keep", regulariser, axis) is not None:
             if last:
                 yield (IterationPlan("plain"),) * last
             return
-        whole = IterationPlan("keep", chunk=32, keep_input=True)
+        whole = IterationPlan("keep", chunk=32, keep_input=True, axis=axis)
         if last < self.count:
             # Of the signals between the layers the first is never kept.
             for layers in range(len(regulariser.layers) - 3, 0, -1):  # type: ignore[arg-type]

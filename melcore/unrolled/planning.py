@@ -144,8 +144,10 @@ def plan_inference(
     least = 0
     count = len(model.order)
     candidates = [MemoryPlan.uniform("plain", count)]
-    if why_not("stream", model.iterations[0].regulariser) is None:
-        candidates += [MemoryPlan.uniform("stream", count, chunk=chunk) for chunk in CHUNKS if chunk >= 4]
+    regulariser, axes = model.iterations[0].regulariser, (["readout", "time"] if time > 1 else ["readout"])
+    axes = [axis for axis in axes if why_not("stream", regulariser, axis) is None]  # type: ignore[arg-type]
+    for chunk in CHUNKS:
+        candidates += [MemoryPlan.uniform("stream", count, chunk=chunk, axis=axis) for axis in axes if chunk >= 4]
     for candidate in candidates:
         with fake_tensors(), torch.no_grad():
             twin, encoding = _fake_problem(model, shape, coils, time, 1, sets, sampled_readout)
