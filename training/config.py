@@ -167,6 +167,7 @@ class Config(Settings):
             x = data.x[1] if window is None else min(window, data.x[1])
             coils = min(data.coils[1], self.preparation.coils or data.coils[1])
             budget = parse_bytes(self.memory.budget)
+            known = calibrate(device)
             lines = data.z[1] > 1 or all(kind.kind not in ("poisson", "grid") for kind in data.masks)
             return plan(
                 model,
@@ -177,7 +178,8 @@ class Config(Settings):
                 sets=self.preparation.map_sets,
                 sampled_readout=lines,
                 host=torch.device(device).type != "cpu",  # there the host's memory is the device's
-                fourier_cost=calibrate(device),
+                fourier_cost=known.fourier_cost,
+                convolution=known.convolution,
             )
         iterations = len(model.order)
         options = {} if self.memory.chunk is None else {"chunk": self.memory.chunk}

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan."""
     from melcore.errors import ConfigError, MissingDependencyError
     from melcore.memory.meter import fake_tensors
-    from melcore.memory.planner import FOURIER_COST, choose
+    from melcore.memory.planner import choose
     from melcore.units import format_bytes, parse_bytes
     from melcore.unrolled import build
     from melcore.unrolled.planning import costs
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.overrides)
     model = build(config.model)
     sets = int(getattr(model.iterations[0].regulariser, "sets", 1))
-    fourier_cost = FOURIER_COST if arguments.probe is None else _probe(arguments.probe)
+    known = {} if arguments.probe is None else _probe(arguments.probe)
     problem = {"time": arguments.time, "batch": arguments.batch, "sets": sets}
     with fake_tensors():
-        measured = costs(model, shape, arguments.coils, **problem, fourier_cost=fourier_cost)
+        measured = costs(model, shape, arguments.coils, **problem, **known)
         chosen = choose(measured, budget)
         if arguments.curve is not None:
             _draw(arguments.curve, measured, chosen, budget)
@@ -91,15 +91,17 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{title}\n{chosen}\n")
 
 
-def _probe(device: str) -> float:
+def _probe(device: str) -> dict[str, Any]:
+    """What is known of a device, for `costs`."""
     from melcore.errors import ConfigError
     from melcore.memory import calibrate
 
     try:
-        return calibrate(device)
+        found = calibrate(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the device {device!r} cannot be probed here ({reason}): leave out --probe.") from None
+    return {"fourier_cost": found.fourier_cost, "convolution": found.convolution}
 
 
 def _shape(text: str) -> tuple[int, int, int]:

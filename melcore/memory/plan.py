@@ -11,6 +11,7 @@ Executor = Literal["plain", "checkpoint", "store", "keep", "nested", "tile", "st
 States = Literal["device", "host", "slots", "reverse"]
 Precision = Literal["full", "bfloat16"]
 Axis = Literal["readout", "time"]
+Way = Literal["channels_last", "contiguous", "sliced"]
 
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 
@@ -51,6 +52,10 @@ class IterationPlan:
         epsilon, 3e-4 in single and 1.5e-8 in double precision.
     axis
         Along which ``stream`` and ``keep`` advance: the ``readout``, or ``time``, for series of many frames.
+    convolution
+        How ``stream`` and ``keep`` convolve: with the ``channels_last``, as planes are stored; on ``contiguous``
+        copies with the channels first; or ``sliced``, a convolution over three axes as a sum of some over two. All
+        give the same numbers up to rounding; which is fastest, `melcore.memory.calibrate` finds out.
     """
 
     executor: Executor = "plain"
@@ -62,6 +67,7 @@ class IterationPlan:
     states: States = "device"
     reversal_bound: float | None = None
     axis: Axis = "readout"
+    convolution: Way = "channels_last"
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -69,6 +75,7 @@ class IterationPlan:
             ("place for states", self.states, get_args(States)),
             ("precision", self.precision, get_args(Precision)),
             ("axis to stream along", self.axis, get_args(Axis)),
+            ("way to convolve", self.convolution, get_args(Way)),
         ):
             if value not in known:
                 raise ConfigError(f"there is no {what} {value!r}: choose one of {', '.join(known)}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from melcore.errors import MemoryBudgetError
 from melcore.memory import executors
 from melcore.memory.meter import Meter
-from melcore.memory.plan import Axis, IterationPlan, MemoryPlan
+from melcore.memory.plan import Axis, IterationPlan, MemoryPlan, Way
 from melcore.memory.protocols import EncodingLike, IterationLike, State
 from melcore.memory.states import recomputed
 from melcore.memory.streaming.sweep import AXES
@@ -63,6 +63,8 @@ class Costs:
         Fake measurement, and the state before the first iteration.
     fixed
         Bytes of everything that is there all the time: parameters, gradients, optimiser, inputs.
+    fourier_cost, convolution
+        What is known of the device; see `melcore.memory.calibrate`.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Costs:
         *,
         fixed: int,
         fourier_cost: float = FOURIER_COST,
+        convolution: Way = "channels_last",
     ) -> None:
-        self.count, self.encoding, self.fixed, self.fourier_cost = len(iterations), encoding, fixed, fourier_cost
+        self.count, self.encoding, self.fixed = len(iterations), encoding, fixed
+        self.fourier_cost, self.convolution = fourier_cost, convolution
         self.iteration = iterations[len(iterations) // 2]
         self.unit = Unit(self.iteration, self.iteration, IterationPlan())
         with torch.no_grad():
@@ -103,7 +107,7 @@ class Costs:
 
     def network(self, plan: IterationPlan) -> Cost:
         """The regulariser alone under an executor."""
-        key = (plan.executor, plan.chunk, plan.kept_layers, plan.precision, plan.axis)
+        key = (plan.executor, plan.chunk, plan.kept_layers, plan.precision, plan.axis, plan.convolution)
         if key not in self._networks:
             self._networks[key] = self._plain() if plan.executor in ("plain", "checkpoint") else self._executed(plan)
         return self._networks[key]
@@ -240,7 +244,8 @@ class Costs:
         regulariser, count = self.iteration.regulariser, self.count
         axes: list[Axis] = ["readout", "time"] if self.x.shape[2] > 1 else ["readout"]
         axes = [axis for axis in axes if executors.why_not("stream", regulariser, axis) is None]
-        smallest = [IterationPlan("stream", chunk=chunk, axis=axis) for chunk in CHUNKS for axis in axes]
+        stream = IterationPlan("stream", convolution=self.convolution)
+        smallest = [replace(stream, chunk=chunk, axis=axis) for chunk in CHUNKS for axis in axes]
         if not smallest:
             others = (("store", 16), ("nested", 16), ("tile", 128), ("tile", 64))
             smallest = [
@@ -291,7 +296,7 @@ class Costs:
             if last:
                 yield (IterationPlan("plain"),) * last
             return
-        whole = IterationPlan("keep", chunk=32, keep_input=True, axis=axis)
+        whole = IterationPlan("keep", chunk=32, keep_input=True, axis=axis, convolution=self.convolution)
         if last < self.count:
             # Of the signals between the layers the first is never kept.
             for layers in range(len(regulariser.layers) - 3, 0, -1):  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from melcore.errors import MemoryBudgetError
 from melcore.memory import MemoryPlan
 from melcore.memory.executors import why_not
 from melcore.memory.meter import Meter, fake_tensors
+from melcore.memory.plan import Way
 from melcore.memory.planner import CHUNKS, FOURIER_COST, MARGIN, Costs, choose
 from melcore.physics import Sense
 from melcore.physics.fourier import centring_phase
@@ -31,6 +32,7 @@ def costs(
     sets: int = 1,
     sampled_readout: bool = True,
     fourier_cost: float = FOURIER_COST,
+    convolution: Way = "channels_last",
 ) -> Costs:
     """What the parts of a model cost for a problem; see `plan`. Use it within `melcore.memory.meter.fake_tensors`."""
     twin, encoding = _fake_problem(model, shape, coils, time, batch, sets, sampled_readout)
@@ -41,7 +43,8 @@ def costs(
     images = 3 * data.numel() * data.element_size()
     fixed = parameters * (2 + _OPTIMISER_STATES) + buffers + images
     iterations = twin.iterations
-    return Costs(iterations, encoding, iterations[0].start(data), fixed=fixed, fourier_cost=fourier_cost)
+    known = {"fourier_cost": fourier_cost, "convolution": convolution}
+    return Costs(iterations, encoding, iterations[0].start(data), fixed=fixed, **known)  # type: ignore[arg-type]
 
 
 def _fake_problem(
@@ -84,6 +87,7 @@ def plan(
     host: bool = True,
     margin: float = MARGIN,
     fourier_cost: float = FOURIER_COST,
+    convolution: Way = "channels_last",
 ) -> MemoryPlan:
     """The fastest memory plan for training `model` on such data within `budget` bytes.
 
@@ -103,8 +107,8 @@ def plan(
         Whether states may wait in the host's memory.
     margin
         Part of the peak that is added for what cannot be measured beforehand.
-    fourier_cost
-        See `melcore.memory.calibrate`.
+    fourier_cost, convolution
+        What is known of the device; see `melcore.memory.calibrate`.
 
     Raises
     ------
@@ -121,6 +125,7 @@ def plan(
             sets=sets,
             sampled_readout=sampled_readout,
             fourier_cost=fourier_cost,
+            convolution=convolution,
         )
         return choose(measured, budget, host=host, margin=margin)
 

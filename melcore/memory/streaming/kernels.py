@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from melcore.memory.plan import Way
 from melcore.memory.protocols import LayerLike
 from melcore.memory.streaming.arrangement import Arrangement
 from melcore.memory.streaming.spatial import SpatialKernel
@@ -31,8 +32,10 @@ class Kernel(Protocol):
         """The sums for weight and bias, shaped as the layer's."""
 
 
-def make_kernel(layer: LayerLike, arrangement: Arrangement, dtype: torch.dtype) -> Kernel:
+def make_kernel(
+    layer: LayerLike, arrangement: Arrangement, dtype: torch.dtype, way: Way = "channels_last"
+) -> Kernel:
     """The kernel for a layer, computing in `dtype`; gradients of weights are added up in float32 at least."""
     if layer.kernel[1:] == (1, 1, 1):
         return TemporalKernel(layer, arrangement, dtype)
-    return SpatialKernel(layer, arrangement, dtype)
+    return SpatialKernel(layer, arrangement, dtype, way)
