@@ -1,6 +1,6 @@
 """The executors that take a regulariser to pieces: boxes with a halo, and single layers."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 from melcore.memory import MemoryPlan
 from melcore.memory.executors.nested import Nested
 from melcore.memory.executors.tile import Tile
+from melcore.memory.plan import Way
+from melcore.memory.streaming.convolution import convolve, weight_gradients
 from melcore.networks import LocalRegulariser, Regulariser, ResidualCNN, SpaceTimeCNN
 from melcore.networks.layers import SpatialConvolution
 
@@ -87,3 +89,32 @@ def test_a_layered_module_that_cannot_stream_falls_back_to_single_layers() -> No
     with pytest.warns(UserWarning, match="different ways along the readout; nested it is"):
         found = gradients(made, problem, MemoryPlan.uniform("stream", 3))
     assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("way", get_args(Way))
+@pytest.mark.parametrize("halo", [[0, 1, 1], [1, 1, 1], [2, 0, 2]])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_way_of_convolving_is_the_same(way: Way, halo: list[int], batch: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    planes = torch.randn(batch, 6, 5, 7, 3, dtype=dtype, generator=generator).movedim(-1, 1)
+    weight = torch.randn(4, 3, 3, 3, 3, dtype=dtype, generator=generator)
+    bias = torch.randn(4, dtype=dtype, generator=generator)
+    expected = torch.nn.functional.conv3d(planes.double(), weight.double(), bias.double(), padding=halo)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    found = convolve(planes, weight, bias, halo, way)
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    leaves = [tensor.double().requires_grad_() for tensor in (weight, bias)]
+    upstream = torch.randn(expected.shape, dtype=dtype, generator=generator)
+    output = torch.nn.functional.conv3d(planes.double(), *leaves, padding=halo)
+    gradients = torch.autograd.grad(output, leaves, upstream.double())
+    for ours, reference in zip(weight_gradients(upstream, planes, weight, halo, way), gradients, strict=True):
+        torch.testing.assert_close(ours.double(), reference, **tolerance)
+
+
+@pytest.mark.parametrize("way", get_args(Way))
+def test_every_way_convolves_slices(way: Way) -> None:
+    generator = torch.Generator().manual_seed(4)
+    planes, weight = torch.randn(2, 3, 6, 5, generator=generator), torch.randn(4, 3, 3, 3, generator=generator)
+    expected = torch.nn.functional.conv2d(planes, weight, padding=(0, 1))
+    torch.testing.assert_close(convolve(planes, weight, None, [0, 1], way), expected)
