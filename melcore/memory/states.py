@@ -6,13 +6,13 @@ follows Griewank and Walther, Algorithm 799: Revolve, ACM Trans Math Softw 26:19
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Advance = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+from melcore.memory.reversal import Advance, Reversal
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,14 +58,17 @@ class Shelf:
         How many units, from the first, have their states in slots.
     slots
         How many of their inputs are kept at a time, besides the first.
+    reversal
+        Of the units whose states are computed back, if there are any.
     """
 
-    def __init__(self, length: int, slots: int) -> None:
+    def __init__(self, length: int, slots: int, reversal: Reversal[Any] | None = None) -> None:
+        self.reversal = reversal
         self._slots = slots
         self._wanted = {0, *placements(length, slots)}
         self._kept: dict[int, list[Tensor]] = {}
         self._advance: dict[int, Advance] = {}
-        self._host: dict[int, _Parked] = {}
+        self._host: dict[int, Parked] = {}
 
     def remember(self, index: int, inputs: Sequence[Tensor], advance: Advance) -> None:
         """Keep the inputs of a unit if they have a slot; `advance` computes the inputs of the next one."""
@@ -87,9 +90,10 @@ class Shelf:
                 self._kept[number + 1] = list(state)
         return list(state)
 
-    def park(self, index: int, tensors: Sequence[Tensor]) -> None:
+    def park(self, index: int, tensors: Sequence[Tensor]) -> "Parked":
         """Copy tensors to the host, while the device goes on computing."""
-        self._host[index] = _Parked(tensors)
+        self._host[index] = Parked(tensors)
+        return self._host[index]
 
     def fetch(self, index: int) -> list[Tensor]:
         """Parked tensors, back on the device; those of the unit before begin their way too."""
@@ -100,7 +104,7 @@ class Shelf:
         return found
 
 
-class _Parked:
+class Parked:
     """Tensors in pinned host memory; on a machine without an accelerator they stay where they are."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

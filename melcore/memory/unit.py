@@ -8,7 +8,8 @@ neither the network nor the data consistency is ever computed for the sake of th
 follows a tail of physics alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from melcore.errors import MelError
 from melcore.memory import executors
+from melcore.memory.certificate import Certificate
 from melcore.memory.plan import IterationPlan
-from melcore.memory.protocols import E, Gradients, IterationLike, State
+from melcore.memory.protocols import E, Gradients, IterationLike, State, UndoableLike
+from melcore.memory.reversal import invert
 from melcore.memory.states import Shelf
 from melcore.memory.surroundings import Surroundings
 
@@ -70,6 +73,15 @@ class Unit(Generic[E]):
             for table, name, parameter in changed:
                 table[name] = parameter
 
+    def undo(self, outputs: State, encoding: E, regularise: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        """The regulariser's input and the unit's inputs, from its outputs; `regularise` computes the regulariser."""
+        assert isinstance(self.current, UndoableLike)
+        assert isinstance(self.previous, UndoableLike)
+        x = invert(regularise, self.current.regulariser, outputs[0])
+        state = self.current.undo_before(x, outputs[1:], encoding)
+        regularised, carry = self.previous.undo_after(state, encoding)
+        return x, (regularised, *carry)
+
     def __call__(self, inputs: State, encoding: E) -> State:
         """Compute the unit as one piece."""
         x, carry = self.physics(inputs, encoding)
@@ -93,15 +105,21 @@ def execute(unit: Unit[E], inputs: State, encoding: E, shelf: Shelf, index: int)
     return _forward(unit, inputs, encoding)[0]
 
 
-def _forward(unit: Unit[Any], inputs: State, encoding: Any) -> tuple[State, Sequence[Tensor]]:
-    """Outputs of a unit, and what its executor keeps; called without automatic differentiation."""
-    if unit.plan.executor == "checkpoint":
-        return unit(inputs, encoding), ()
+def _forward(
+    unit: Unit[Any], inputs: State, encoding: Any, *, certified: bool = False
+) -> tuple[State, Sequence[Tensor], tuple[Certificate, ...]]:
+    """Outputs of a unit, what its executor keeps, and certificates of the regulariser's input and of its own inputs.
+
+    Called without automatic differentiation.
+    """
     x, carry = unit.physics(inputs, encoding)
+    certificates = (Certificate.of((x,)), Certificate.of(inputs)) if certified else ()
+    if unit.plan.executor == "checkpoint":
+        return (unit.current.regulariser(x), *carry), (), certificates
     output, kept = executors.make(unit.plan, unit.current.regulariser).forward(unit.current.regulariser, x)
     if unit.plan.keep_input:
         kept = (x, *kept)
-    return (output, *carry), kept
+    return (output, *carry), kept, certificates
 
 
 class _Recomputed(torch.autograd.Function):
@@ -115,20 +133,29 @@ class _Recomputed(torch.autograd.Function):
         ctx.unit, ctx.encoding, ctx.place, ctx.count = unit, encoding, place, count
         ctx.set_materialize_grads(False)
         surroundings = ctx.surroundings = Surroundings(inputs[0])
-        with surroundings.autocast():
-            outputs, kept = _forward(unit, inputs, encoding)
         shelf, index = place
+        reversal = shelf.reversal
+        undone = reversal is not None and reversal.recovers(index)
+        with surroundings.autocast():
+            outputs, kept, ctx.certificates = _forward(unit, inputs, encoding, certified=undone)
+
+        def advance(state: Sequence[Tensor]) -> Sequence[Tensor]:
+            with surroundings.restored(), torch.no_grad():
+                return _forward(unit, tuple(state), encoding)[0]
+
+        exact: Callable[[], Sequence[Tensor]] | None = None
         if unit.plan.states == "slots":
-
-            def advance(state: Sequence[Tensor]) -> Sequence[Tensor]:
-                with surroundings.restored(), torch.no_grad():
-                    return _forward(unit, tuple(state), encoding)[0]
-
             shelf.remember(index, inputs, advance)
         elif unit.plan.states == "host":
-            shelf.park(index, (*inputs, *kept))
+            parked = shelf.park(index, (*inputs, *kept))
+            exact = lambda: parked.get()[:count]  # noqa: E731
+        elif undone and reversal is not None:
+            ctx.save_for_backward(*(outputs if reversal.keeps_outputs(index) else ()))
         else:
             ctx.save_for_backward(*inputs, *kept)
+            exact = _Saved(ctx)
+        if reversal is not None and unit.plan.states != "slots":
+            reversal.enter(index, advance, exact)
         return outputs
 
     @staticmethod
@@ -142,29 +169,67 @@ class _Recomputed(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         shelf, index = ctx.place
         saved: Sequence[Tensor]
+        known: list[Tensor] = []
+        undone = 0
         if unit.plan.states == "slots":
             saved = shelf.recall(index)
+        elif unit.plan.states == "host":
+            saved = shelf.fetch(index)
+        elif ctx.certificates:
+            saved, known, undone = shelf.reversal.recall(index, ctx.saved_tensors, _undo(ctx), ctx.certificates)
         else:
-            saved = shelf.fetch(index) if unit.plan.states == "host" else ctx.saved_tensors
+            saved = ctx.saved_tensors
+        if shelf.reversal is not None:
+            shelf.reversal.hand_on(index, saved[: ctx.count], undone)
         inputs = [
             tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved[: ctx.count], needed[: ctx.count], strict=True)
         ]
         kept = saved[ctx.count :]
+        if unit.plan.keep_input:
+            known, kept = [kept[0]], kept[1:]
         stand_ins = {id(parameter): parameter.detach().requires_grad_() for parameter in unit.parameters}
         data = ctx.encoding.adjoint_data.detach().requires_grad_(needed[ctx.count])
         leaves = [tensor for tensor in (*inputs, data) if tensor.requires_grad]
         with ctx.surroundings.restored(), unit.replaced(stand_ins):
             encoding = replace(ctx.encoding, adjoint_data=data)
             if unit.plan.executor == "checkpoint":
+                known.clear()
                 with torch.enable_grad():
                     outputs = unit(tuple(inputs), encoding)
                 found = _grad(outputs, [*leaves, *stand_ins.values()], gradients)
             else:
-                found = _separately(unit, tuple(inputs), encoding, leaves, stand_ins, kept, gradients)
+                found = _separately(unit, tuple(inputs), encoding, leaves, stand_ins, known, kept, gradients)
         by_leaf = iter(found)
         results = [next(by_leaf) if tensor.requires_grad else None for tensor in (*inputs, data)]
         return None, None, None, None, *results, *by_leaf
+
+
+class _Saved:
+    """The inputs that a unit saved; whoever holds this does not hold them, so that they are freed as they are used."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self._count = weakref.ref(ctx), ctx.count
+
+    def __call__(self) -> Sequence[Tensor]:
+        return tuple(tensor.detach() for tensor in self._ctx().saved_tensors[: self._count])  # type: ignore[union-attr]
+
+
+def _undo(ctx: Any) -> Callable[[State], tuple[Tensor, State]]:
+    """From the outputs of a unit to its inputs, in the surroundings that it was computed in."""
+    unit: Unit[Any] = ctx.unit
+    regulariser = unit.current.regulariser
+    executor = executors.make(unit.plan, regulariser) if unit.plan.executor != "checkpoint" else None
+
+    def regularise(image: Tensor) -> Tensor:
+        with ctx.surroundings.restored():  # with the same random numbers each time
+            return regulariser(image) if executor is None else executor.forward(regulariser, image)[0]
+
+    def undo(outputs: State) -> tuple[Tensor, State]:
+        with ctx.surroundings.restored(), torch.no_grad():
+            return unit.undo(outputs, ctx.encoding, regularise)
+
+    return undo
 
 
 def _separately(
@@ -173,18 +238,25 @@ def _separately(
     encoding: Any,
     leaves: list[Tensor],
     stand_ins: dict[int, Tensor],
+    known: list[Tensor],
     kept: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Differentiate the regulariser, then the physics, so that their intermediate results never exist together."""
+    """Differentiate the regulariser, then the physics, so that their intermediate results never exist together.
+
+    Where the regulariser's input is `known`, nothing of the physics need be there while the network is differentiated;
+    it is taken out of the list, so that it does not wait for the physics.
+    """
     regulariser = unit.current.regulariser
     executor = executors.make(unit.plan, regulariser)
     learned = [stand_ins[id(parameter)] for parameter in unit.learned]
     network: Gradients = (None, [None] * len(learned))
-    if unit.plan.keep_input:
-        x, *kept = kept
+    given = bool(known)
+    if given:
+        x = known.pop()
         if gradients[0] is not None:
             network = executor.vjp(regulariser, x, gradients[0], kept, learned)
+        del x
     elif not unit.plan.hold_physics and gradients[0] is not None:
         with torch.no_grad():
             x = unit.physics(inputs, encoding)[0]
@@ -192,7 +264,7 @@ def _separately(
         del x
     with torch.enable_grad():
         x, carry = unit.physics(inputs, encoding)
-    if unit.plan.hold_physics and not unit.plan.keep_input and gradients[0] is not None:
+    if unit.plan.hold_physics and not given and gradients[0] is not None:
         network = executor.vjp(regulariser, x.detach(), gradients[0], kept, learned)
     physical = [stand_ins[id(parameter)] for parameter in unit.physical]
     found = _grad((x, *carry), [*leaves, *physical], (network[0], *gradients[1:]))

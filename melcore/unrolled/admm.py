@@ -30,6 +30,11 @@ class ADMM(Iteration):
         As for `melcore.unrolled.MoDL`; conjugate gradients begin from ``z - u``.
     """
 
+    # An iteration leaves s' = x + u and the network of it. The s before follows from
+    # (A^H A + rho) (s' - s + network(s)) = A^H y + rho (2 network(s) - s):
+    # there is no closed form, and a fixed point only for networks within about rho of the identity.
+    irreversible = "image and dual variable leave as their sum, so neither step can be undone without the other"
+
     def __init__(
         self,
         regulariser: Regulariser,

@@ -33,6 +33,8 @@ class MoDL(Iteration):
         `relative_tolerance`, and warns where it is not reached. See `melcore.physics.data_consistency`.
     """
 
+    irreversible = None
+
     def __init__(
         self,
         regulariser: Regulariser,
@@ -75,3 +77,12 @@ class MoDL(Iteration):
             gradient=self.gradient,
         )
         return (x,)
+
+    def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
+        """See `Iteration.undo_before`."""
+        return (x,)
+
+    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
+        """``z = x + (A^H A x - A^H y) / mu``, right if conjugate gradients converged: off by their residual over mu."""
+        z = encoding.operator.normal(state[0]) - encoding.adjoint_data
+        return z.div_(self.mu).add_(state[0]), ()

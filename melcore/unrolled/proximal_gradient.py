@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
+from melcore.physics import conjugate_gradient
 from melcore.unrolled.iteration import Encoding, Iteration, State
 
 
@@ -25,6 +26,8 @@ class ProximalGradient(Iteration):
         Initial step size, learned as ``exp(log_step)``. Maps whose squares sum to 1 and an orthonormal transform make
         steps below 2 stable.
     """
+
+    irreversible = None
 
     def __init__(self, regulariser: Regulariser, *, step: float = 1.0) -> None:
         super().__init__()
@@ -41,3 +44,22 @@ class ProximalGradient(Iteration):
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.after`."""
         return (regularised,)
+
+    def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
+        """Solve ``state - step * A^H A state = x - step * A^H y``, which has a solution for steps below ``1 / |A|^2``.
+
+        Steps of 1 replace what was measured, and leave no trace of it.
+        """
+        step, normal = self.log_step.exp(), encoding.operator.normal
+        solution = conjugate_gradient(
+            lambda image: image - step * normal(image),
+            x - step * encoding.adjoint_data,
+            initial=x,
+            relative_tolerance=4 * torch.finfo(x.dtype).eps,
+            max_iterations=50,
+        )
+        return (solution.value,)
+
+    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+        """See `Iteration.undo_after`."""
+        return state[0], ()
