@@ -510,13 +510,28 @@ def test_the_gauge_is_the_first_principal_component_of_the_calibration_data(volu
     assert virtual[clear].angle().abs().max() < 0.05
 
 
-def test_the_default_is_the_reduced_grid_for_one_set_in_three_dimensions(volume):
+def test_the_default_is_the_reduced_grid_for_one_set(volume):
     assert "interpolated" in estimate_coil_maps(volume[0], calibration_size=16).source
+    assert "interpolated" not in estimate_coil_maps(volume[0], calibration_size=16, sets=2).source
     plane = k_space_of(coil_images(4, (1, 64, 70)))
-    assert "interpolated" not in estimate_coil_maps(plane).source
-    assert "interpolated from 1x48x48" in estimate_coil_maps(plane, grid="reduced").source
+    assert "interpolated from 1x48x48" in estimate_coil_maps(plane).source
+    assert "interpolated" not in estimate_coil_maps(plane, grid="full").source
+    # A grid that is hardly coarser is not worth it.
+    assert "interpolated" not in estimate_coil_maps(k_space_of(coil_images(4, (1, 54, 50)))).source
     with pytest.raises(ConfigError, match="caldir"):
         estimate_coil_maps(plane, method="caldir", grid="reduced")
+
+
+def test_a_plane_of_the_reduced_grid_reconstructs_as_one_of_the_full_grid():
+    images = coil_images(6, (1, 90, 101))
+    noisy = k_space_of(images + 0.02 * np.abs(images).max() * random_complex(images.shape))
+    lines = (torch.arange(90) % 3 == 0) | ((torch.arange(90) - 45).abs() < 12)
+    k_space = KSpace(noisy.data * lines[:, None], lines[None, None, None, None, :, None], noisy.info)
+    errors = {}
+    for grid in ("full", "reduced"):
+        maps = estimate_coil_maps(k_space, grid=grid).data
+        errors[grid] = float((cg_sense(k_space, maps) - torch.from_numpy(images)).norm())
+    assert errors["reduced"] < 1.005 * errors["full"]
 
 
 def test_eigenvalues_are_what_maps_are_cropped_by():

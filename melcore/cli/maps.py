@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid",
         choices=("full", "reduced"),
-        help="reduced: estimate on a coarse grid and interpolate (default: reduced for one set in 3D)",
+        help="reduced: estimate on a coarse grid and interpolate (default: reduced for one set)",
     )
     parser.add_argument(
         "--eigenvalues", type=Path, metavar="FILE", help="also write the eigenvalues, near 1 where maps can be trusted"

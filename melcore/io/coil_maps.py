@@ -39,7 +39,9 @@ class MapSettings:
         ``"espirit"`` (`ecalib`; Uecker et al., MRM 71, 2014) or ``"caldir"`` (McKenzie et al., MRM 47, 2002; faster,
         one set, not cropped).
     sets
-        Number of ESPIRiT map sets; at most the number of coils.
+        Number of ESPIRiT map sets; at most the number of coils. One set suits anatomy that fits into the field of view.
+        Where it does not, the first two eigenvalues come close, and BART's fixed number of iterations leaves one set a
+        mixture of the first two eigenvectors (`melcore.io.ecalib`): two sets then span what one cannot.
     kernel
         ESPIRiT kernel size; by default 6 in 2D and 4 in 3D.
     calibration_size
@@ -49,7 +51,7 @@ class MapSettings:
     grid
         ``"full"``: BART solves ESPIRiT's eigenvalue problem in every voxel. ``"reduced"``: on a coarse grid, from which
         the maps are interpolated (`melcore.preprocess.map_interpolation`); much faster and leaner, and the same for a
-        reconstruction. By default reduced for one set in 3D, else full.
+        reconstruction (`benchmarks/results/preprocess.md`). By default reduced for one set, full for several.
     """
 
     method: Method = "espirit"
@@ -195,7 +197,7 @@ def _plan(settings: MapSettings, source: KSpace, region: tuple[int, int, int]) -
     size = settings.calibration_size or _CALIBRATION_SIZE[dimensions]
     if settings.method == "caldir":
         return plan_caldir(shape, region, size=size)
-    reduced = settings.grid == "reduced" or (settings.grid is None and dimensions == 3 and settings.sets == 1)
+    reduced = settings.grid == "reduced" or (settings.grid is None and settings.sets == 1)
     kernel = settings.kernel or _KERNEL[dimensions]
     return plan_espirit(
         shape,

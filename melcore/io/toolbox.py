@@ -6,6 +6,7 @@ threads on a busy machine it spins and becomes up to 20 times slower.
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from melcore.errors import DataError, MissingDependencyError, ToolError
 from melcore.io.cfl import Complex, read_cfl, write_cfl
 from melcore.io.checks import all_finite
+from melcore.io.scratch import temporary_folder
 from melcore.units import format_bytes
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -56,8 +58,8 @@ def executable() -> str:
 
 def version(timeout: float = 10.0) -> str:
     """Version of BART, for example ``"0.8.00"``."""
-    with tempfile.TemporaryDirectory(prefix="mel-bart-") as folder:
-        return _execute([executable(), "version"], Path(folder), timeout, 1, None).strip().removeprefix("v")
+    with temporary_folder() as folder:
+        return _execute([executable(), "version"], folder, timeout, 1, None).strip().removeprefix("v")
 
 
 def scratch_folder(needed: int = 0) -> Path:
@@ -140,12 +142,12 @@ def run(
     folder = (
         Path(scratch) if scratch is not None else scratch_folder(4 * sum(8 * array.size for array in named.values()))
     )
-    with tempfile.TemporaryDirectory(prefix="mel-bart-", dir=folder) as place:
+    with temporary_folder(folder) as place:
         for key, array in named.items():
-            write_cfl(Path(place, key), array)
+            write_cfl(place / key, array)
         produced = [f"out{index}" for index in range(outputs)]
-        _execute([binary, *command, *appended, *produced], Path(place), timeout, threads, cancel)
-        return [_result(Path(place, output), name) for output in produced]
+        _execute([binary, *command, *appended, *produced], place, timeout, threads, cancel)
+        return [_result(place / output, name) for output in produced]
 
 
 def _result(path: Path, name: str) -> Complex:
@@ -158,6 +160,24 @@ def _result(path: Path, name: str) -> Complex:
     if not array.any():
         raise EmptyOutputError(f"{name} reported success but its output {path.name} holds only zeros.")
     return array
+
+
+@functools.cache
+def _leash() -> tuple[str, ...]:
+    """What to put before a command so that it ends with this process, even where that is killed; maybe nothing."""
+    found = shutil.which("setpriv")
+    if found is None:
+        return ()
+    leash = (found, "--pdeathsig", "KILL", "--")
+    # That of Busybox knows no such option.
+    test = subprocess.run(
+        [*leash, found, "--version"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return () if test.returncode else leash
 
 
 def _environment(binary: str, threads: int) -> dict[str, str]:
@@ -176,7 +196,7 @@ def _execute(
     name = f"bart {arguments[1]}"
     try:
         process = subprocess.Popen(
-            arguments,
+            [*_leash(), *arguments],
             cwd=folder,
             env=_environment(arguments[0], threads),
             # Under Gadgetron, standard input is closed and its number may be that of the socket.
