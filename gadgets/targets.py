@@ -15,6 +15,8 @@ _log = logging.getLogger(__name__)
 
 Target = Callable[[Any], None]
 
+_NO_MEMORY = ("out of memory", "allocate memory", "failed to map segment")
+
 #: Names that a server may give as `target`: those of `gadgets.stages.STAGES`.
 TARGETS = (
     "accumulate_trigger",
@@ -81,6 +83,9 @@ def describe(error: BaseException) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, MelError):
         return f"MEL: {words}"
+    # torch has kinds of error of its own for it, or none.
+    if isinstance(error, MemoryError) or any(sign in words for sign in _NO_MEMORY):
+        return f"MEL: there is not enough memory for this ({type(error).__name__}: {words or 'no details'})"
     return f"MEL failed unexpectedly, please report it: {type(error).__name__}: {words}"
 
 

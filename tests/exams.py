@@ -16,6 +16,7 @@ from melcore.simulate.exam import Protocol, write_exam
 
 #: Small exams of each kind.
 PROTOCOLS = {
+    "slice": Protocol((1, 32, 28), slices=True, coils=3, acceleration=2.0, calibration=(0, 12), seed=6),
     "slices": Protocol((3, 32, 28), slices=True, coils=4, acceleration=2.0, calibration=(0, 12), seed=1),
     "cine": Protocol((2, 32, 28), slices=True, time=4, coils=4, acceleration=2.0, calibration=(0, 12), seed=2),
     "volume": Protocol((10, 24, 20), coils=4, acceleration=2.0, calibration=(8, 10), seed=3),
@@ -100,12 +101,12 @@ def without_parallel_imaging(xml: str, readouts: list[Acquisition]) -> tuple[str
     return xml, [_flagged(one, 0, _BOTH) for one in readouts]
 
 
-def arriving(path: Path, pipeline: str) -> tuple[str, list[Message]]:
-    """Header, and messages that arrive at the external node of a pipeline."""
+def arriving(path: Path, pipeline: str | None = None) -> tuple[str, list[Message]]:
+    """Header, and messages that arrive at the external node of a pipeline, or as they are in the file."""
     with open_raw(path) as raw:
         header = parse_header(raw.header_xml.encode())
         stream: Iterable[Message] = raw.acquisitions()
-        for node in read_pipeline(pipeline):
+        for node in read_pipeline(pipeline) if pipeline else ():
             if node.external:
                 break
             stream = node.stage.bind(node.values, node.name)(iter(stream), header)

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gadgets.codec import TransportError
 from gadgets.messages import Close, ConfigScript, HeaderXml, Message
 from gadgets.wire import Wire
 
-TARGET_TIMEOUT = 60
+TARGET_TIMEOUT = 120
 
 
 @contextmanager
@@ -62,35 +63,17 @@ class Answer:
     log: str = ""
 
 
-def run_target(
-    to_module: bytes,
-    target: str,
-    *,
-    config: str | None = None,
-    stay: bool = True,
-    linger: float = 0.0,
-    module: str = "gadgets",
-    environment: dict[str, str] | None = None,
-) -> Answer:
+@contextmanager
+def started(
+    target: str, *, module: str = "gadgets", environment: dict[str, str] | None = None, shell: str = ""
+) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """Start ``python -m gadgetron PORT gadgets TARGET`` as a server does: stdin closed, the socket as descriptor 0.
 
-    Parameters
-    ----------
-    to_module
-        A recording: configuration, header, messages.
-    config
-        Replaces the recording's `<configuration>`.
-    stay
-        Read until the module closes; else reset the connection after sending.
-    linger
-        Seconds for which the connection stays open, silent, where `to_module` ends early.
+    It is gone in the end, whatever happened. `shell` holds commands that come first, such as ``ulimit -f 64;``.
     """
-    if config is not None:
-        to_module = with_config(to_module, config)
-    answer = Answer()
     with socket.create_server(("localhost", 0)) as server:
         server.settimeout(TARGET_TIMEOUT)
-        command = f"exec {sys.executable} -m gadgetron {server.getsockname()[1]} {module} {target} <&-"
+        command = f"{shell} exec {sys.executable} -m gadgetron {server.getsockname()[1]} {module} {target} <&-"
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],
             cwd=Path(__file__).parents[1],
@@ -102,24 +85,64 @@ def run_target(
             connection, _ = server.accept()
             with connection:
                 connection.settimeout(TARGET_TIMEOUT)
-                sender = threading.Thread(target=_send, args=(connection, to_module))
-                sender.start()
-                if stay:
-                    chunks = iter(lambda: _receive(connection), b"")
-                    answer.raw = b"".join(chunks)
-                    sender.join()
-                else:
-                    sender.join()
-                    threading.Event().wait(linger)
-                    # As a killed server does: RST instead of FIN.
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            log, _ = process.communicate(timeout=TARGET_TIMEOUT)
+                yield connection, process
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
+
+
+def run_target(
+    to_module: bytes,
+    target: str,
+    *,
+    config: str | None = None,
+    stay: bool = True,
+    linger: float = 0.0,
+    **start: Any,
+) -> Answer:
+    """Run a target in a process of its own.
+
+    Parameters
+    ----------
+    to_module
+        A recording: configuration, header, messages.
+    config
+        Replaces the recording's `<configuration>`.
+    stay
+        Read until the module closes; else reset the connection after sending.
+    linger
+        Seconds for which the connection stays open, silent, where `to_module` ends early.
+    start
+        See `started`.
+    """
+    if config is not None:
+        to_module = with_config(to_module, config)
+    answer = Answer()
+    with started(target, **start) as (connection, process):
+        sender = threading.Thread(target=_send, args=(connection, to_module))
+        sender.start()
+        if stay:
+            answer.raw = receive_all(connection)
+            sender.join()
+        else:
+            sender.join()
+            threading.Event().wait(linger)
+            reset(connection)
+        log, _ = process.communicate(timeout=TARGET_TIMEOUT)
     answer.code, answer.log = process.returncode, log.decode(errors="replace")
     answer.messages = messages(answer.raw) if answer.raw else []
     return answer
+
+
+def reset(connection: socket.socket) -> None:
+    """Close as a killed server does: RST instead of FIN."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+
+
+def receive_all(connection: socket.socket) -> bytes:
+    """Everything up to the end of the connection."""
+    return b"".join(iter(lambda: _receive(connection), b""))
 
 
 def _send(connection: socket.socket, raw: bytes) -> None:
@@ -180,7 +203,7 @@ def run_target_here(to_module: bytes, target: str, *, config: str | None = None)
         thread.start()
     with left:
         left.settimeout(TARGET_TIMEOUT)
-        answer.raw = b"".join(iter(lambda: _receive(left), b""))
+        answer.raw = receive_all(left)
         for thread in threads:
             thread.join(TARGET_TIMEOUT)
             assert not thread.is_alive()
