@@ -57,3 +57,12 @@ def test_what_is_wrong_is_said_in_one_line(
     printed = capsys.readouterr().err
     assert message in printed
     assert len(printed.strip().splitlines()) == 1
+
+
+def test_the_gpu_benchmark_runs_at_toy_sizes() -> None:
+    from benchmarks.memory_gpu import TOY, rows
+
+    found = list(rows(TOY))
+    assert {row["precision"] for row in found} == {"float32", "tf32", "bfloat16"}
+    assert not any("error" in row for row in found)
+    assert all("stream" in row["executor"] for row in found if "within" in row["problem"])
