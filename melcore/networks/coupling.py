@@ -38,7 +38,7 @@ class CouplingBlock(nn.Module):
 
 
 class CouplingCNN(Regulariser):
-    """Coupling blocks in a row over (y, x) or (z, y, x).
+    """Coupling blocks in a row over (y, x) or (z, y, x). There is no dropout: undoing a block would ask for its noise.
 
     Parameters
     ----------

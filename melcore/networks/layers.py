@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from melcore.errors import ConfigError
+from melcore.networks.dropout import Noise
 
 PaddingMode = Literal["zeros", "replicate", "reflect", "circular"]
 Halo = tuple[int, int, int, int]
@@ -59,9 +60,13 @@ class LocalLayer(nn.Module, ABC):
         time, z, y, x = (size // 2 for size in self.kernel)
         return time, z, y, x
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Apply the layer to whole features ``(batch, time, channel, z, y, x)``; only the channels change."""
-        return self.activate(self.convolve(self.pad(features)))
+    def forward(self, features: Tensor, noise: Noise | None = None) -> Tensor:
+        """Apply the layer to whole features ``(batch, time, channel, z, y, x)``; only the channels change.
+
+        With `noise` samples of the result are dropped. This is done before the activation, which makes no difference:
+        leaky ReLU scales with its input. So one tensor waits for both of their backwards.
+        """
+        return self.finish(self.convolve(self.pad(features)), noise, ("b", "t", "c", "z", "y", "x"))
 
     def pad(self, features: Tensor, axes: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
         """Continue the features by the halo along some of (time 0, z 1, y 2, x 3), as `padding` says."""
@@ -79,8 +84,10 @@ class LocalLayer(nn.Module, ABC):
     def convolve(self, padded: Tensor) -> Tensor:
         """Convolution without padding: every axis shrinks by twice the halo."""
 
-    def activate(self, features: Tensor) -> Tensor:
-        """Apply the pointwise activation, in place where its output tells the sign of its input."""
+    def finish(self, features: Tensor, noise: Noise | None, layout: Sequence[str]) -> Tensor:
+        """Drop samples, and apply the pointwise activation, in place where its output tells the sign of its input."""
+        if noise is not None:
+            features = noise.drop(features, layout)
         return features if self.slope == 1 else F.leaky_relu(features, self.slope, inplace=self.slope >= 0)
 
     def extra_repr(self) -> str:
@@ -123,27 +130,29 @@ class SpatialConvolution(LocalLayer):
             raise ConfigError(f"a spatial convolution has 2 or 3 dimensions, but {dimensions} were asked for.")
         super().__init__(inputs, outputs, (1, kernel if dimensions == 3 else 1, kernel, kernel), slope, padding)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, noise: Noise | None = None) -> Tensor:
         """As `LocalLayer.forward`; symmetric zero padding is left to the convolution, for its fast kernels."""
-        if self.padding != "zeros":
-            return super().forward(features)
-        return self._convolve(features, self.halo[1:], activated=True)
+        if self.padding == "zeros":
+            return self._convolve(features, self.halo[1:], noise)
+        return self._convolve(self.pad(features), (0, 0, 0), noise)
 
     def convolve(self, padded: Tensor) -> Tensor:
         """See `LocalLayer.convolve`."""
-        return self._convolve(padded, (0, 0, 0), activated=False)
+        return self._convolve(padded, (0, 0, 0), finished=False)
 
-    def _convolve(self, features: Tensor, padding: tuple[int, ...], *, activated: bool) -> Tensor:
+    def _convolve(
+        self, features: Tensor, padding: tuple[int, ...], noise: Noise | None = None, *, finished: bool = True
+    ) -> Tensor:
         batch, time, channels, z, y, x = features.shape
         folded = features.reshape(batch * time, channels, z, y, x)
         if self.kernel[1] == 1:  # one slice after another; most often there is one
             folded = folded.transpose(1, 2).reshape(batch * time * z, channels, y, x)
             result = F.conv2d(folded, self.weight[:, :, 0, 0], self.bias, padding=padding[1:])
-            result = self.activate(result) if activated else result
+            result = self.finish(result, noise, ("btz", "c", "y", "x")) if finished else result
             result = result.view(batch, time, z, -1, *result.shape[2:])
             return result.transpose(2, 3)
         result = F.conv3d(folded, self.weight[:, :, 0], self.bias, padding=padding)
-        result = self.activate(result) if activated else result
+        result = self.finish(result, noise, ("bt", "c", "z", "y", "x")) if finished else result
         return result.view(batch, time, -1, *result.shape[2:])
 
 
@@ -155,12 +164,20 @@ class TemporalConvolution(LocalLayer):
     ) -> None:
         super().__init__(inputs, outputs, (kernel, 1, 1, 1), slope, padding)
 
+    def forward(self, features: Tensor, noise: Noise | None = None) -> Tensor:
+        """See `LocalLayer.forward`."""
+        result = self.finish(self._convolve(self.pad(features)), noise, ("b", "t", "c", "zyx"))
+        return result.view(*result.shape[:3], *features.shape[3:])
+
     def convolve(self, padded: Tensor) -> Tensor:
         """See `LocalLayer.convolve`."""
-        batch, time, _, *space = padded.shape
-        frames = time - self.kernel[0] + 1
-        flat = padded.flatten(3)
-        result = self.bias[:, None].expand(batch, frames, -1, flat.shape[-1])
+        result = self._convolve(padded)
+        return result.view(*result.shape[:3], *padded.shape[3:])
+
+    def _convolve(self, padded: Tensor) -> Tensor:
+        """Frames with flat space, ``(batch, time, channel, voxel)``."""
+        flat, frames = padded.flatten(3), padded.shape[1] - self.kernel[0] + 1
+        result = self.bias[:, None].expand(padded.shape[0], frames, -1, flat.shape[-1])
         for tap in range(self.kernel[0]):
             result = result + torch.matmul(self.weight[:, :, tap, 0, 0, 0], flat[:, tap : tap + frames])
-        return result.view(batch, frames, -1, *space)
+        return result

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from melcore.errors import ShapeError
+from melcore.networks.dropout import Noise, check_rate
 from melcore.networks.layers import Halo, LocalLayer
 
 
@@ -36,11 +37,20 @@ class LocalRegulariser(Regulariser):
     """``x + from_features(layers(to_features(x)))`` with local layers and pointwise activations.
 
     Being local makes it streamable: an executor may compute it plane by plane, with `layers` and their halos.
+
+    Parameters
+    ----------
+    layers, dimensions, sets
+        See the attributes.
+    dropout
+        Part of the activations of every layer but the last that is dropped in training; the others are scaled up. Each
+        evaluation draws its noise anew, with one number of torch's global generator on the CPU: `torch.manual_seed`
+        repeats it. See `melcore.networks.dropout`.
     """
 
-    def __init__(self, layers: Sequence[LocalLayer], *, dimensions: str, sets: int) -> None:
+    def __init__(self, layers: Sequence[LocalLayer], *, dimensions: str, sets: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dimensions, self.sets = dimensions, sets
+        self.dimensions, self.sets, self.dropout = dimensions, sets, check_rate(dropout)
         self.layers = nn.ModuleList(layers)
 
     @property
@@ -63,16 +73,27 @@ class LocalRegulariser(Regulariser):
         parts = features.view(batch, time, channels // 2, 2, *space).permute(0, 2, 1, 4, 5, 6, 3)
         return torch.view_as_complex(parts.contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Regulariser.forward`."""
+    def draw_noise(self, x: Tensor) -> Noise | None:
+        """The noise of one evaluation on `x`; None, and no random number is drawn, unless in training with dropout."""
+        if not self.training or self.dropout == 0:
+            return None
+        layers: list[LocalLayer] = list(self.layers)  # type: ignore[arg-type]
+        channels = max(layer.weight.shape[0] for layer in layers)
+        batch, _, time, z, y, readout = x.shape
+        sizes = {"b": batch, "t": time, "c": channels, "z": z, "y": y, "x": readout}
+        return Noise.draw(self.dropout, sizes, x.device)
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """See `Regulariser.forward`. `noise` is drawn here, unless `x` is a part of a volume and comes with its own."""
         if x.ndim != 6 or x.shape[1] != self.sets or not x.is_complex():
             raise ShapeError(
                 f"{type(self).__name__} expects a complex image (batch, {self.sets}, time, z, y, x), "
                 f"but got {x.dtype} {tuple(x.shape)}."
             )
-        features = self.to_features(x)
-        for layer in self.layers:
-            features = layer(features)
+        noise = self.draw_noise(x) if noise is None else noise
+        features, last = self.to_features(x), len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            features = layer(features) if noise is None or number == last else layer(features, noise.layer(number))
         return x + self.from_features(features.to(x.real.dtype))
 
 

@@ -25,6 +25,9 @@ class ResidualCNN(LocalRegulariser):
         Negative slope of the leaky ReLUs between the convolutions.
     padding
         Continuation beyond the faces: zeros, replicate, reflect or circular.
+    dropout
+        Part of the activations that is dropped in training, after the activation of every layer but the last: between
+        the convolutions, as in Zagoruyko and Komodakis, Wide residual networks, BMVC 2016.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class ResidualCNN(LocalRegulariser):
         sets: int = 1,
         slope: float = 0.1,
         padding: PaddingMode = "zeros",
+        dropout: float = 0.0,
     ) -> None:
         if layers < 2:
             raise ConfigError(f"ResidualCNN needs at least 2 layers, but {layers} were asked for.")
@@ -49,4 +53,4 @@ class ResidualCNN(LocalRegulariser):
             for (inputs, outputs), layer_slope in zip(pairwise(widths), slopes, strict=True)
         ]
         soften_last(chain)
-        super().__init__(chain, dimensions=f"{dimensions}d", sets=sets)
+        super().__init__(chain, dimensions=f"{dimensions}d", sets=sets, dropout=dropout)

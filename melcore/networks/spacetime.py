@@ -19,7 +19,7 @@ class SpaceTimeCNN(LocalRegulariser):
         Width, and number of pairs of convolutions (at least 2).
     kernel, time_kernel
         Sizes along each spatial axis and along time (odd).
-    sets, slope, padding
+    sets, slope, padding, dropout
         As for `melcore.networks.ResidualCNN`; `time_padding` applies to time (``"circular"`` for a heart cycle).
     """
 
@@ -35,6 +35,7 @@ class SpaceTimeCNN(LocalRegulariser):
         slope: float = 0.1,
         padding: PaddingMode = "zeros",
         time_padding: PaddingMode = "zeros",
+        dropout: float = 0.0,
     ) -> None:
         if stages < 2:
             raise ConfigError(f"SpaceTimeCNN needs at least 2 stages, but {stages} were asked for.")
@@ -59,4 +60,4 @@ class SpaceTimeCNN(LocalRegulariser):
                 ),
             ]
         soften_last(chain)
-        super().__init__(chain, dimensions=f"{dimensions}d+t", sets=sets)
+        super().__init__(chain, dimensions=f"{dimensions}d+t", sets=sets, dropout=dropout)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from melcore.memory.executors.whole import Whole
+from melcore.memory.noise import draws_anew
 from melcore.memory.protocols import Gradients
 
 
@@ -29,6 +30,8 @@ def why_not(regulariser: nn.Module) -> str | None:
     blocks = regulariser.blocks if isinstance(regulariser, ReversibleLike) else ()
     if not blocks or not all(hasattr(block, "inverse") for block in blocks):
         return f"{type(regulariser).__name__} is not made of invertible blocks"
+    if draws_anew(regulariser):
+        return f"{type(regulariser).__name__} has dropout of its own, which would be drawn anew for every inversion"
     return None
 
 

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from melcore.memory.noise import NoiseLike, draws_anew, noise_of
 from melcore.memory.protocols import Gradients, LayeredLike
 from melcore.memory.streaming.faces import fold, gather
 
@@ -22,6 +23,8 @@ def why_not(regulariser: nn.Module) -> str | None:
     """Why a regulariser cannot be computed in boxes, or None if it can."""
     if getattr(regulariser, "halo", None) is None:
         return f"{type(regulariser).__name__} declares no halo: every output sample may depend on every input sample"
+    if draws_anew(regulariser):
+        return f"{type(regulariser).__name__} has dropout of its own, which would be drawn anew for every box"
     return None
 
 
@@ -43,9 +46,9 @@ class Tile:
 
     def forward(self, regulariser: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """See `ExecutorLike.forward`."""
-        result = torch.empty_like(x)
+        result, noise = torch.empty_like(x), noise_of(regulariser, x)
         for box in self._boxes(regulariser, x):
-            _region(result, box).copy_(_inner(regulariser(_cut(x, box)), box))
+            _region(result, box).copy_(_inner(regulariser(_cut(x, box), *_noise(noise, box)), box))
         return result, ()
 
     def vjp(
@@ -57,12 +60,12 @@ class Tile:
         parameters: Sequence[Tensor],
     ) -> Gradients:
         """See `ExecutorLike.vjp`."""
-        result = torch.zeros_like(x)
+        result, noise = torch.zeros_like(x), noise_of(regulariser, x)
         sums: list[Tensor | None] = [None] * len(parameters)
         for box in self._boxes(regulariser, x):
             with torch.enable_grad():
                 leaf = _cut(x, box).requires_grad_()
-                inner = _inner(regulariser(leaf), box)
+                inner = _inner(regulariser(leaf, *_noise(noise, box)), box)
             first, *others = torch.autograd.grad(inner, [leaf, *parameters], _region(gradient, box), allow_unused=True)
             del inner
             for index, value in enumerate(others):
@@ -105,6 +108,15 @@ def _cut(x: Tensor, box: tuple[_Piece, ...]) -> Tensor:
     for axis, piece in zip(_AXES, box, strict=True):
         part = gather(part, axis, piece.index) if len(piece.index) < x.shape[axis] or piece.index[0] else part
     return part.detach().clone() if part is x else part.detach()
+
+
+def _noise(noise: NoiseLike | None, box: tuple[_Piece, ...]) -> tuple[NoiseLike, ...]:
+    """The noise of a box, wherever in the volume its samples come from."""
+    if noise is None:
+        return ()
+    for axis, piece in zip("zyx", box, strict=True):
+        noise = noise.part(axis, piece.index)
+    return (noise,)
 
 
 def _region(x: Tensor, box: tuple[_Piece, ...]) -> Tensor:

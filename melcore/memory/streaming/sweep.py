@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from melcore.errors import ShapeError
+from melcore.memory.noise import noise_of
 from melcore.memory.plan import Axis
 from melcore.memory.protocols import Gradients, LayeredLike, LayerLike
 from melcore.memory.streaming.arrangement import Arrangement
@@ -53,6 +54,8 @@ class Sweep:
         modes = [str(layer.padding) for layer in self.layers if layer.halo[AXES[axis]]]
         self.mode = modes[0] if modes else "zeros"
         self.size = self.arrangement.size
+        noise = noise_of(regulariser, x)
+        self.noise = [noise.layer(number) for number in range(len(halos) - 1)] if noise is not None else None
         kept = kept or {}
         room = capacity(Wavefront(self.size, halos, chunk, mode=self.mode, backward=backward, kept=kept))
         self.wave = Wavefront(self.size, halos, chunk, mode=self.mode, backward=backward, kept=kept)
@@ -142,6 +145,12 @@ class Sweep:
                 found[id(parameter)] = value.to(parameter.dtype)
         return result, [found.get(id(parameter)) for parameter in parameters]
 
+    def _drop_out(self, planes: Tensor, step: Step, layer: int) -> None:
+        """Apply a layer's noise to the planes of a step; it is its own adjoint."""
+        if self.noise is not None:
+            noise = self.noise[layer].part(self.arrangement.streamed, self._wrapped(step))
+            noise.drop_(planes, self.arrangement.layout)
+
     def _drop(self) -> None:
         for index, ring in enumerate(self.signals):
             ring.drop(self.wave.signal_needed(index))
@@ -173,6 +182,7 @@ class Sweep:
         planes = self.signals[step.layer].view(step.start - halo, step.stop + halo)
         output = self.kernels[step.layer].forward(planes)
         if step.layer + 1 < len(self.layers):
+            self._drop_out(output, step, step.layer)
             ring, slope = self.signals[step.layer + 1], self.layers[step.layer].slope
             target = ring.push(step.stop - step.start)
             if slope == 1:
@@ -207,6 +217,7 @@ class Sweep:
             else:
                 activations = self.signals[step.layer].view(step.start, step.stop)
                 _leaky_relu_backward(gradient, activations, slope, True, grad_input=target)
+            self._drop_out(target, step, step.layer - 1)
             ring.written()
             return
         fold(result, self._image(gradient), self.arrangement.dim, self._wrapped(step))
