@@ -10,14 +10,12 @@ So every recovered state is compared with a certificate that the forward made (`
 only if its error is within a bound. Beyond it, states are computed forward again from the nearest exact one. What is
 learned thereby is remembered for each iteration as its *reach*: how many iterations in a row were undone well, up to
 it. From then on the forward keeps one exact state for each reach, and later steps find their way back without failing;
-an iteration whose reach is 0 keeps its state always.
+an iteration whose reach is 0 keeps its state always. `reports` shows what came of it.
 """
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import torch
@@ -26,86 +24,13 @@ from torch import Tensor, nn
 from melcore.memory.certificate import Certificate
 from melcore.memory.plan import IterationPlan
 from melcore.memory.protocols import E, InvertibleLike, IterationLike, State, UndoableLike
+from melcore.memory.reach import Report, ReversalWarning, record_of, reports
+
+__all__ = ["FIXED_POINT_STEPS", "Report", "Reversal", "ReversalWarning", "invert", "reports", "why_not"]
 
 FIXED_POINT_STEPS = 20  #: evaluations of a network without an inverse, at most, to find its input
 
 Advance = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-
-class ReversalWarning(UserWarning):
-    """States cannot be computed back, or not well enough; they are kept instead."""
-
-
-@dataclass
-class _Record:
-    """What is known about the reversal of one iteration."""
-
-    reach: float = math.inf
-    recovered: int = 0
-    worst: float = 0.0
-    reason: str | None = None
-    warned: bool = False
-
-
-_records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
-
-
-def _record(iteration: Any) -> _Record:
-    return _records.setdefault(iteration, _Record())
-
-
-@dataclass(frozen=True)
-class Report:
-    """How the reversal of an iteration went so far.
-
-    Attributes
-    ----------
-    iterations
-        Its numbers in the model, from 1; several where weights are shared.
-    recovered
-        How many times its input was computed back within the bound.
-    worst
-        The largest relative error of those inputs, as bounded by their certificates.
-    reach
-        How many iterations in a row are undone at most, up to this one; None is no limit so far, 0 is none: its state
-        is kept.
-    reason
-        What set the limit.
-    """
-
-    iterations: tuple[int, ...]
-    recovered: int
-    worst: float
-    reach: int | None
-    reason: str | None
-
-    def __str__(self) -> str:
-        numbers = f"{self.iterations[0]}" + (f"-{self.iterations[-1]}" if len(self.iterations) > 1 else "")
-        text = f"iteration {numbers}: {self.recovered} states recovered, errors up to {self.worst:.1e}"
-        if self.reach is None:
-            return text
-        limit = f"at most {self.reach} iterations in a row" if self.reach else "states kept"
-        return f"{text}; {limit}: {self.reason}"
-
-
-def reports(iterations: Iterable[IterationLike[Any]]) -> list[Report]:
-    """What the reversal of a model's iterations has come to, one report for each distinct one that took part.
-
-    Examples
-    --------
-    >>> for report in reports(model.iterations):
-    ...     print(report)
-    iteration 1-10: 63 states recovered, errors up to 2.1e-05; at most 2 iterations in a row: ...
-    """
-    numbers: dict[IterationLike[Any], list[int]] = {}
-    for number, iteration in enumerate(iterations, start=1):
-        numbers.setdefault(iteration, []).append(number)
-    found = []
-    for iteration, where in numbers.items():
-        if (record := _records.get(iteration)) is not None:
-            reach = None if record.reach == math.inf else int(record.reach)
-            found.append(Report(tuple(where), record.recovered, record.worst, reach, record.reason))
-    return found
 
 
 def why_not(previous: IterationLike[Any], current: IterationLike[Any]) -> str | None:
@@ -170,14 +95,14 @@ class Reversal(Generic[E]):
     def _refuse(self, index: int, reason: str | None) -> None:
         if reason is None:
             return
-        record = _record(self._iterations[index])
+        record = record_of(self._iterations[index])
         record.reach, record.reason = 0, reason
         self._warn(index, f"states of iteration {index + 1} are kept on the device, not computed back: {reason}.")
 
     def _warn(self, index: int, message: str) -> None:
         """Once for each model."""
-        if not any(_record(iteration).warned for iteration in self._iterations):
-            _record(self._iterations[index]).warned = True
+        if not any(record_of(iteration).warned for iteration in self._iterations):
+            record_of(self._iterations[index]).warned = True
             warnings.warn(message, ReversalWarning, stacklevel=2)
 
     def _to_keep(self, first: int, last: int) -> set[int]:
@@ -187,7 +112,7 @@ class Reversal(Generic[E]):
             depth += 1
             if self._plans[index].states != "reverse":
                 depth = 0
-            elif depth > _record(self._iterations[index]).reach:
+            elif depth > record_of(self._iterations[index]).reach:
                 keep.add(index)
                 depth = 0
         return keep
@@ -232,7 +157,7 @@ class Reversal(Generic[E]):
         handed, depth = self._handed.pop(index, (outputs, 0))
         if index in self._again:
             return self._again.pop(index), [], 0
-        record = _record(self._iterations[index])
+        record = record_of(self._iterations[index])
         if depth + 1 <= record.reach:
             x, inputs = undo(tuple(handed))
             errors = [certificates[0].error((x,)), certificates[1].error(inputs)]
@@ -247,7 +172,7 @@ class Reversal(Generic[E]):
         return self._computed_again(index), [], 0
 
     def _fail(self, index: int, depth: int, errors: list[float], bound: float) -> None:
-        record, iteration = _record(self._iterations[index]), self._iterations[index]
+        record, iteration = record_of(self._iterations[index]), self._iterations[index]
         network = not errors[0] <= bound
         error = errors[0] if network else errors[1]
         record.reach = depth

@@ -5,7 +5,8 @@ iteration: a unit is the physics that leads to a regulariser, ``before`` and the
 then the regulariser. What a unit saves is the output of the regulariser before it. From that the backward runs the
 physics once, with what its differentiation needs, which gives the regulariser's input for its own recomputation;
 neither the network nor the data consistency is ever computed for the sake of the other. Behind the last regulariser
-follows a tail of physics alone.
+follows a tail of physics alone. Where states are computed back, a unit saves not even that output but a certificate of
+it, and the unit behind hands it on (`melcore.memory.reversal`).
 """
 
 import weakref
