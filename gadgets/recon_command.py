@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gadgets.messages import Array, Image, Message
+    from gadgets.messages import Acquisition, Array, Image, Message
     from melcore.io.images import ImageSeries
     from melcore.io.mrd import RawFile
 
@@ -139,13 +139,17 @@ def choose_pipeline(raw: "RawFile") -> str:
     return "mel_cine_2dt" if len(np.unique(imaging["idx"]["phase"])) > 1 else "mel_cartesian_2d"
 
 
-def _watched(readouts: "Iterator[Message]", count: int) -> "Iterator[Message]":
+def _watched(readouts: "Iterator[Acquisition]", count: int) -> "Iterator[Message]":
+    """Readouts with a bar; those of several averages count as repeated lines, which sorting averages."""
     from tqdm import tqdm
 
     # tqdm's None: shown on a terminal only.
     bar = tqdm(readouts, total=count, unit="readout", file=sys.stderr, disable=None, leave=False)
     with bar:
-        yield from bar
+        for readout in bar:
+            if readout.header["idx"]["average"]:
+                readout.header["idx"]["average"] = 0
+            yield readout
 
 
 def collect_series(images: "Sequence[Image]") -> "list[ImageSeries]":

@@ -14,9 +14,18 @@ from melcore.cli import main
 from melcore.data import CoilMaps, KSpace, ScanInfo
 from melcore.errors import DataError, ShapeError
 from melcore.io.bart import estimate_coil_maps
+from melcore.io.images import read_images
 from melcore.io.load import load_k_space
 from melcore.io.mrd import open_raw, write_raw
-from melcore.io.mrd_types import IS_NOISE, IS_PHASE_CORRECTION, IS_REVERSE
+from melcore.io.mrd_types import (
+    IS_DUMMY,
+    IS_NAVIGATION,
+    IS_NOISE,
+    IS_PHASE_CORRECTION,
+    IS_REALTIME_FEEDBACK,
+    IS_REVERSE,
+    IS_SURFACE_COIL_CORRECTION,
+)
 from melcore.preprocess.preparation import prepare
 from tests.cases import centred_fft, coil_images, header_xml, random_complex, readout
 
@@ -72,6 +81,44 @@ def test_complete_and_announced_undersampling_leave_no_remark(tmp_path):
     )
     write_raw(tmp_path / "raw.h5", XML.replace("</encoding>", factor), lines(data, range(0, 26, 2)))
     assert "lines" not in load_k_space(tmp_path / "raw.h5")[0].info.provenance
+
+
+def others():
+    """Readouts that share the counters of a line without being one."""
+    rubbish = 1e3 * random_complex((COILS, 24))
+    for flag in (IS_NAVIGATION, IS_PHASE_CORRECTION, IS_DUMMY, IS_REALTIME_FEEDBACK, IS_SURFACE_COIL_CORRECTION):
+        yield readout(rubbish, flags=[flag], kspace_encode_step_1=7)
+
+
+def test_navigators_corrections_feedback_and_dummies_are_no_lines(tmp_path):
+    data = plane()
+    write_raw(tmp_path / "raw.h5", XML, [*lines(data, range(13)), *others(), *lines(data, range(13, 26))])
+    k_space, calibration = load_k_space(tmp_path / "raw.h5")
+    np.testing.assert_array_equal(k_space.data[0, :, 0, 0], data)
+    assert calibration is None
+    assert "lines" not in k_space.info.provenance
+    np.testing.assert_array_equal(buffer_of(tmp_path / "raw.h5")[0][0, :, 0, 0], data)
+
+
+def test_segments_make_one_image_and_averages_are_averaged(tmp_path):
+    data, noise = plane(), 1e-2 * random_complex((2, COILS, 26, 24))
+    scan = [
+        readout(data[:, y] + noise[average, :, y], kspace_encode_step_1=y, segment=y % 3, average=average)
+        for average in (0, 1)
+        for y in range(26)
+    ]
+    write_raw(tmp_path / "raw.h5", XML, scan)
+    mean = data + noise.mean(0)
+    np.testing.assert_allclose(load_k_space(tmp_path / "raw.h5")[0].data[0, :, 0, 0], mean, atol=1e-6)
+    command = ["recon", str(tmp_path / "raw.h5"), "--model", "adjoint", "-o", str(tmp_path / "images.h5")]
+    assert main(command) == 0
+    (series,) = read_images(tmp_path / "images.h5")
+    assert series.data.shape == (1, 1, 1, 26, 24)
+    assert "26 lines were acquired more than once and averaged" in series.metas[0]
+    write_raw(tmp_path / "raw.h5", XML, lines(mean, range(26)))
+    assert main(command) == 0
+    (wanted,) = read_images(tmp_path / "images.h5")
+    np.testing.assert_allclose(series.data, wanted.data, atol=1e-4 * wanted.data.max())
 
 
 @pytest.mark.parametrize("centre", [26, 400])
