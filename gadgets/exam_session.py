@@ -200,7 +200,7 @@ class ExamSession:
                 feed.finish(error)
                 continue
             except Exception as error:
-                fault = fault or (TransportError(f"{self._cut}.") if self._cut else error)
+                fault = fault or error
                 break
             if isinstance(message, Close):
                 record.complete = fault is None
@@ -295,7 +295,7 @@ class ExamSession:
 
     def _answer(self, wire: Wire, exam: SpooledExam | None, feed: ExamFeed, fault: Exception | None) -> None:
         record = self.record
-        failure = fault or self._failure
+        failure = TransportError(f"{self._cut}.") if self._cut else fault or self._failure
         if failure is None and self._ours and not record.images and (record.messages or record.kind == "client"):
             failure = DataError(f"no image came of {record.messages} messages: they hold no complete image data.")
         if failure is None:

@@ -1,5 +1,6 @@
 """Exams that a spool or a file holds, through the same chain again."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gadgets.chain import run_chain
-from gadgets.exam_log import LogReader
+from gadgets.exam_log import LogReader, being_written
 from gadgets.exam_request import ExamRequest, parse_request
 from gadgets.header import Header, parse_header
 from gadgets.image_headers import with_attributes
@@ -21,12 +22,13 @@ from gadgets.messages import (
     Image,
     Message,
 )
-from gadgets.spool import Exam
+from gadgets.spool import LOG, Exam
 from gadgets.stages import STAGES
 from melcore.errors import ConfigError, DataError
 from melcore.io.mrd import NOT_IMAGING, has_any_flag, open_raw
 from melcore.io.mrd_types import LAST_IN_MEASUREMENT, LAST_IN_REPETITION
 
+_PATIENCE = 120.0  # s
 # The counters that tell one image, or one part of it, from another within a repetition.
 _GROUPS = ("slice", "phase", "contrast", "set")
 
@@ -73,6 +75,9 @@ def material_of(exam: Exam) -> Material:
     """
     if exam.record.state == "running":
         raise DataError(f"exam {exam.record.id} is still being received.")
+    end = time.monotonic() + _PATIENCE
+    while being_written(exam.folder / LOG) and time.monotonic() < end:
+        time.sleep(0.05)  # the server is making an ISMRMRD file of it
     raw = exam.raw
     if raw is None:
         raise DataError(f"exam {exam.record.id} holds no raw data.")
@@ -160,6 +165,7 @@ def replay(
     if pipeline is None and request is None:
         raise ConfigError(f"{material.title} does not say by which pipeline to reconstruct it: choose with --pipeline.")
     values = dict(request.values if request is not None else {})
+    values.pop("deadline", None)  # nobody waits any more
     overrides = overrides or {}
     if "model" in overrides:
         values.pop("bundle", None)

@@ -260,14 +260,14 @@ def new_id() -> str:
 
 def read_record(folder: Path) -> Record:
     """The record of an exam's folder; what cannot be read is left empty, for the raw data count."""
-    record = Record(folder.name, state="interrupted", reason="its record is missing")
+    record = Record(folder.name)
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = {one.name for one in dataclasses.fields(Record)}
         values = json.loads((folder / RECORD).read_bytes())
         record = Record(**{name: value for name, value in values.items() if name in known})
         record.id = folder.name
     if record.state == "running" and not being_written(folder / LOG):
-        record.state, record.reason = "interrupted", "the server stopped before the exam's end"
+        record.state, record.reason = "interrupted", "the server ended before the exam"
     return record
 
 

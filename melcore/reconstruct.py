@@ -315,8 +315,9 @@ def _element(prepared: Prepared, index: int) -> Prepared:
 def _seconds_of_cg_sense(prepared: Prepared) -> float:
     """How long CG-SENSE will take, from one application of its operator."""
     operator = prepared.operator()
-    begin = time.perf_counter()
     with torch.no_grad():
+        operator.normal(prepared.initial)  # the first time takes longer than any other
+        begin = time.perf_counter()
         operator.normal(prepared.initial)
     return 1.2 * _CG_ITERATIONS * (time.perf_counter() - begin)
 

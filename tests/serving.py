@@ -36,6 +36,7 @@ class Running:
     metrics: int | None
     folder: Path
     log: Path
+    seen: frozenset[str] = frozenset()  # exams that were in the spool before a test
 
     @property
     def spool(self) -> Spool:
