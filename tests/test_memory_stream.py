@@ -11,7 +11,7 @@ from memory_cases import NETWORKS, distance, encoding, gradients, model
 from torch import Tensor
 
 from melcore.errors import ConfigError
-from melcore.memory import IterationPlan, MemoryPlan, verify
+from melcore.memory import IterationPlan, MemoryPlan, demoted, verify
 from melcore.memory.executors.stream import Keep, Stream, why_not
 from melcore.memory.meter import Meter
 from melcore.memory.protocols import ExecutorLike
@@ -216,6 +216,9 @@ def test_streams_along_time_pass_the_self_check_and_wrong_networks_do_not(execut
 def test_a_plan_says_along_what_it_streams() -> None:
     assert IterationPlan("stream", chunk=8, axis="time").describe()[0] == "stream 8 along time"
     assert IterationPlan("stream", chunk=8).describe()[0] == "stream 8"
+    cheaper = demoted(MemoryPlan.uniform("keep", 2, kept_layers=1, axis="time", states="host"))
+    assert cheaper is not None
+    assert cheaper.iterations[0] == IterationPlan("stream", axis="time", states="host")
     with pytest.raises(ConfigError, match=r"no axis to stream along 'z': choose one of readout, time"):
         IterationPlan("stream", axis="z")  # type: ignore[arg-type]
 

@@ -40,7 +40,7 @@ def _level(entry: IterationPlan) -> tuple[int, int, int]:
 
 def _cheaper(entry: IterationPlan) -> IterationPlan:
     if entry.executor != "stream":
-        return IterationPlan("stream", chunk=16, states=entry.states)
+        return IterationPlan("stream", chunk=16, states=entry.states, axis=entry.axis, convolution=entry.convolution)
     if entry.keep_input or entry.hold_physics:
         return replace(entry, keep_input=False, hold_physics=False)
     if entry.states == "device" and torch.cuda.is_available():
