@@ -145,7 +145,7 @@ def _run(title: str, network: Callable[[], Any], matrix: tuple[int, int, int], f
     exact = _gradient(copy.deepcopy(made).double(), _convert(problem, torch.complex128), None)
     plans: dict[str, MemoryPlan | None] = {"plain": None}
     for name, options in SWEEP[1:]:
-        if not name.startswith("tile") and "host" not in name:
+        if not name.startswith("tile") and "host" not in name:  # here the host's memory is the device's
             plans[name] = MemoryPlan((entry(name, options),) * count)
     plans["stream 16"] = MemoryPlan.uniform("stream", count, chunk=16)
     plans["tile 32"] = MemoryPlan.uniform("tile", count, chunk=32)
@@ -162,10 +162,17 @@ def _run(title: str, network: Callable[[], Any], matrix: tuple[int, int, int], f
             start = time.process_time()
             step()
             seconds[name] = min(seconds.get(name, float("inf")), time.process_time() - start)
+    moments = [torch.zeros_like(parameter) for parameter in made.parameters() for _ in range(2)]
+    images = [torch.zeros_like(problem.adjoint_data) for _ in range(2)]
+    with fake_tensors():
+        measured = costs(made, matrix, _COILS, time=frames)
+        expected = {name: measured.peak(plan) / 1e6 for name, plan in plans.items() if plan is not None}
+        expected["plain"] = measured.peak(MemoryPlan.uniform("plain", count)) / 1e6
     rows = []
     for name, step in steps.items():
         with Meter() as meter:
-            meter.hold(problem.adjoint_data, *problem.operator.buffers(), *made.parameters())
+            # All that training holds, as `mel plan` counts it: Adam's moments, the target and the start image too.
+            meter.hold(problem.adjoint_data, *problem.operator.buffers(), *made.parameters(), *moments, *images)
             meter.restart()
             found = step()
         scale = sum(float(b.square().sum()) for b in exact)
@@ -175,6 +182,7 @@ def _run(title: str, network: Callable[[], Any], matrix: tuple[int, int, int], f
             {
                 "problem": title,
                 "executor": name,
+                "predicted_mb": expected.get(name, ""),
                 "peak_mb": meter.peak / 1e6,
                 "seconds": seconds[name],
                 "time": seconds[name] / seconds["plain"],
@@ -185,7 +193,10 @@ def _run(title: str, network: Callable[[], Any], matrix: tuple[int, int, int], f
     return rows
 
 
-def _problem(matrix: tuple[int, int, int], frames: int, coils: int = 4) -> Encoding:
+_COILS = 4
+
+
+def _problem(matrix: tuple[int, int, int], frames: int, coils: int = _COILS) -> Encoding:
     axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in matrix]
     z, y, x = torch.meshgrid(*axes, indexing="ij")
     maps = torch.stack(
