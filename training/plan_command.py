@@ -148,11 +148,13 @@ def _draw(path: Path, costs: "Costs", chosen: "MemoryPlan", budget: int) -> None
         size *= 0.8
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes: Any = figure.add_subplot()
-    axes.plot(*zip(*points, strict=True), drawstyle="steps-post", color="0.4", label="fastest plan")
+    # From few bytes to many: a plan stays the fastest until there is room for the next.
+    axes.plot(*zip(*reversed(points), strict=True), drawstyle="steps-post", color="0.4", label="fastest plan")
     for label, (memory, time) in marks.items():
         axes.plot(memory, time, "o", label=label)
     axes.axvline(budget / 2**30, color="0.8", zorder=0)
     axes.set(xscale="log", xlabel="memory (GiB)", ylabel="time relative to plain backpropagation")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     temporary = path.with_name(f".{path.name}.part.png")
     figure.savefig(temporary, dpi=150)
