@@ -82,6 +82,7 @@ def noise_adjust(messages: Iterator[Message], header: Header, _settings: NoSetti
                 separate = user_text(header.document, NOISE_FILE)
                 words = "by the noise scan" + (f" of {separate}" if separate else "")
                 header.provenance["whitening"] = "; ".join((words, *remarks, *covariance.remarks))
+                header.provenance["noise_condition_number"] = f"{covariance.condition_number:.4g}"
         if matrix is None:
             yield message
             continue

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from melcore.reconstruct import Conventional
 
 NAME = "nonuniform"  #: of the group of images
-_CARTESIAN = ("cartesian", "epi")
-
-
-def is_nonuniform(raw: "RawFile") -> bool:
-    """Whether the first encoding of a file is neither Cartesian nor EPI."""
-    trajectory = raw.header.encoding[0].trajectory
-    return str(getattr(trajectory, "value", trajectory)) not in _CARTESIAN
 
 
 def reconstruct_nonuniform(

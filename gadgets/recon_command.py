@@ -55,10 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Reconstruct, write, summarise."""
     from gadgets.chain import find_pipeline, run_chain
     from gadgets.nonuniform import NAME as NONUNIFORM
-    from gadgets.nonuniform import is_nonuniform, reconstruct_nonuniform
+    from gadgets.nonuniform import reconstruct_nonuniform
     from melcore.errors import DataError
     from melcore.io.images import write_images
     from melcore.io.mrd import open_raw
+    from melcore.io.mrd_header import is_nonuniform
     from melcore.io.noise_scan import with_noise_scan
 
     begin = time.perf_counter()
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     with open_raw(arguments.raw) as raw:
         if arguments.output.exists() and arguments.output.samefile(arguments.raw):
             raise DataError(f"{arguments.output} is the raw file itself: give another name for the images.")
-        if arguments.pipeline is None and is_nonuniform(raw):
+        if arguments.pipeline is None and is_nonuniform(raw.header):
             name = NONUNIFORM
             images = list(reconstruct_nonuniform(raw, noise=arguments.noise, **_of_nonuniform(overrides)))
         else:

@@ -55,6 +55,8 @@ def check(path: Path, pipeline: str) -> None:
         assert torch.equal(part.mask.expand_as(whole.mask[element]), whole.mask[element])
         assert relative(part.data, whole.data[element]) < 1e-6
         assert part.noise.whitened
+        for step in ("whitening", "noise_condition_number"):
+            assert part.info.provenance[step] == whole.info.provenance[step]
         assert part.info.recon_matrix == whole.info.recon_matrix
         assert part.info.geometry[0] == whole.info.geometry[index if len(parts) > 1 else 0]
 

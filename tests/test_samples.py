@@ -222,3 +222,16 @@ def test_samples_that_do_not_fit_their_trajectory_are_refused():
             Samples(data, trajectory, taken, info)
     with pytest.raises(ShapeError, match="do not fit"):
         Samples(data, torch.zeros(3, 4, 5, 2), taken[:1], info)
+
+
+def test_maps_of_a_radial_file_are_those_of_its_coils(tmp_path):
+    trajectory = TRAJECTORIES["radial"][:1]
+    scan = [one for number in (0, 1) for one in readouts(measured(trajectory), trajectory, slice=number)]
+    write_raw(tmp_path / "raw.h5", xml(), scan)
+    assert main(["maps", str(tmp_path / "raw.h5"), "-o", str(tmp_path / "maps.npy")]) == 0
+    maps = np.load(tmp_path / "maps.npy")
+    assert maps.shape == (2, 1, COILS, 1, *MATRIX)
+    images = coil_images(COILS, MATRIX)
+    inside = sum_of_squares() > 0.2 * sum_of_squares().max()
+    overlap = np.abs((maps[0, 0, :, 0].conj() * images).sum(0))[inside] / sum_of_squares()[inside]
+    assert np.median(overlap) > 0.99

@@ -1,7 +1,8 @@
 """Estimate coil sensitivity maps from raw data with BART.
 
 The input is an ISMRMRD raw file, which is whitened and freed of readout oversampling first, or a k-space in BART's
-format. The maps are written in BART's format (NAME.cfl and NAME.hdr), or as a numpy array with the axes
+format. Of a radial, spiral or other non-Cartesian file, the samples around the centre are brought to a grid. The maps
+are written in BART's format (NAME.cfl and NAME.hdr), or as a numpy array with the axes
 (batch, set, coil, 1, z, y, x).
 
     mel maps exam.h5 --output maps.cfl
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.eigenvalues is not None and settings.method != "espirit":
         raise ConfigError(f"{settings.method} has no eigenvalues: leave --eigenvalues out, or use espirit.")
-    k_space, calibration = _load(arguments.input, arguments.noise)
+    k_space, calibration = _load(arguments.input, arguments.noise, arguments.calibration_size)
     estimate = estimate_maps(
         k_space,
         settings,
@@ -102,14 +103,19 @@ def _write(path: Path, data: "torch.Tensor", to_bart: "Callable[[Array], Array]"
         np.save(file, data.numpy())
 
 
-def _load(path: Path, noise: Path | None) -> "tuple[torch.Tensor | KSpace, KSpace | None]":
+def _load(path: Path, noise: Path | None, size: int | None) -> "tuple[torch.Tensor | KSpace, KSpace | None]":
     import numpy as np
     import torch
 
     from melcore import layout
+    from melcore.data import KSpace
     from melcore.errors import ConfigError
     from melcore.io.bart import read_cfl
     from melcore.io.load import load_k_space
+    from melcore.io.load_samples import load_samples
+    from melcore.io.mrd import open_raw
+    from melcore.io.mrd_header import is_nonuniform
+    from melcore.preprocess.gridding import calibration_from_samples
 
     if path.suffix in (".cfl", ".hdr"):
         if noise is not None:
@@ -117,4 +123,10 @@ def _load(path: Path, noise: Path | None) -> "tuple[torch.Tensor | KSpace, KSpac
                 f"{path} is in BART's format, which --noise cannot whiten: whiten the raw file (mel whiten)."
             )
         return torch.from_numpy(np.ascontiguousarray(layout.k_space_from_bart(read_cfl(path)))), None
-    return load_k_space(path, noise=noise)
+    with open_raw(path) as raw:
+        nonuniform = is_nonuniform(raw.header)
+    if not nonuniform:
+        return load_k_space(path, noise=noise)
+    regions = [calibration_from_samples(one, size or 24) for one in load_samples(path, noise=noise)]
+    data = torch.cat([one.data for one in regions])
+    return KSpace(data, regions[0].mask, regions[0].info, regions[0].noise), None

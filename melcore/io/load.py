@@ -13,7 +13,7 @@ import torch
 from melcore.data import KSpace, Noise, ScanInfo
 from melcore.errors import MemoryBudgetError
 from melcore.io.mrd import Acquisition, RawFile, open_raw, scan_info
-from melcore.io.noise_scan import whitening_of
+from melcore.io.noise_scan import noise_record, whitening_of
 from melcore.io.placement import Booleans, Placement, place
 from melcore.preprocess.oversampling import remove_readout_oversampling
 from melcore.preprocess.whitening import whiten
@@ -80,7 +80,8 @@ def load_k_space(
                 "readout_oversampling": f"{placement.readout / placement.recon_readout:g} removed",
                 "time": placement.time_counter or "none",
             }
-            | ({"lines": "; ".join(placement.remarks)} if placement.remarks else {}),
+            | ({"lines": "; ".join(placement.remarks)} if placement.remarks else {})
+            | noise_record(whitening.noise),
         )
     return (
         image.k_space(info, whitening.noise),

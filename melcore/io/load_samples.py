@@ -13,7 +13,7 @@ from melcore.data import Samples, ScanInfo
 from melcore.errors import DataError
 from melcore.io.mrd import RawFile, open_raw, scan_info
 from melcore.io.mrd_types import IS_CALIBRATION, IS_CALIBRATION_AND_IMAGING, NOT_IMAGING, has_any_flag, has_flag
-from melcore.io.noise_scan import Whitening, whitening_of
+from melcore.io.noise_scan import Whitening, noise_record, whitening_of
 from melcore.io.placement import TIME_COUNTERS
 from melcore.physics.nonuniform import check_trajectory
 from melcore.preprocess.whitening import whiten
@@ -70,6 +70,7 @@ def read_samples(
         if usable[index]:
             elements[tuple(keys[index])].add(index, acquisition, whitening.matrix, centre)
     steps = {"source": raw.path.name, "whitening": whitening.words, "time": varying[0] if varying else "none"}
+    steps |= noise_record(whitening.noise)
     return [
         (one.samples(scan_info(raw.header, encoding, one.heads[0]), steps, whitening), one.heads)
         for one in elements.values()

@@ -117,6 +117,12 @@ def _vector(values: Any) -> Vector:
     return x, y, z
 
 
+def is_nonuniform(header: Any, encoding: int = 0) -> bool:
+    """Whether an encoding of a header is neither Cartesian nor EPI, so that readouts must carry their trajectory."""
+    trajectory = header.encoding[encoding].trajectory
+    return str(getattr(trajectory, "value", trajectory)) not in ("cartesian", "epi")
+
+
 def user_text(header: Any, name: str) -> str | None:
     """Value of a string among the header's user parameters, or None."""
     parameters = header.userParameters

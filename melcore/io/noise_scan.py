@@ -95,6 +95,11 @@ def whitening_of(
     return Whitening(matrix, record, "; ".join((words, *remarks, *covariance.remarks)))
 
 
+def noise_record(noise: Noise) -> dict[str, str]:
+    """What the provenance of data keeps of their noise beside the words of `Whitening`."""
+    return {} if noise.condition_number is None else {"noise_condition_number": f"{noise.condition_number:.4g}"}
+
+
 def _covariance(raw: RawFile, headers: npt.NDArray[np.void]) -> tuple[NoiseCovariance, list[str]]:
     chosen = np.flatnonzero(has_flag(headers, IS_NOISE))
     if not chosen.size:
