@@ -25,8 +25,9 @@ class NoiseLike(Protocol):
 def noise_of(regulariser: nn.Module, x: Tensor) -> NoiseLike | None:
     """The noise of one evaluation on `x`, drawn if the regulariser has dropout and is in training.
 
-    An executor draws it once in the forward and once in the backward, before anything else: the random state is then
-    the same, and so is the noise.
+    Such a regulariser takes the noise, or a part of it, as its second argument, and so does each of its layers but the
+    last. An executor draws it once in the forward and once in the backward, before anything else: the random state is
+    then the same, and so is the noise.
     """
     draw = getattr(regulariser, "draw_noise", None)
     noise: NoiseLike | None = draw(x) if callable(draw) else None
