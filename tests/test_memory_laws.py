@@ -20,6 +20,8 @@ EXECUTORS: list[tuple[str, dict[str, Any]]] = [
     ("stream", {"chunk": 64, "keep_input": True}),
     ("stream", {"chunk": 4, "states": "slots"}),
     ("stream", {"chunk": 2, "axis": "time"}),
+    ("stream", {"chunk": 3, "convolution": "sliced"}),
+    ("stream", {"chunk": 4, "convolution": "contiguous"}),
     ("store", {"keep_input": True, "states": "host"}),
     ("keep", {"chunk": 3}),
     ("keep", {"chunk": 7, "kept_layers": 1, "states": "host", "keep_input": True}),

@@ -40,11 +40,15 @@ def make(plan: IterationPlan, regulariser: nn.Module) -> ExecutorLike:
 
 _MAKE: dict[str, Callable[[IterationPlan], ExecutorLike]] = {
     "keep": lambda plan: Keep(
-        plan.chunk, plan.kept_layers, torch.bfloat16 if plan.precision == "bfloat16" else None, plan.axis
+        plan.chunk,
+        plan.kept_layers,
+        torch.bfloat16 if plan.precision == "bfloat16" else None,
+        plan.axis,
+        plan.convolution,
     ),
     "reverse": lambda _: Reverse(),
     "store": lambda _: Whole(),
     "nested": lambda _: Nested(),
     "tile": lambda plan: Tile(plan.chunk),
-    "stream": lambda plan: Stream(plan.chunk, plan.axis),
+    "stream": lambda plan: Stream(plan.chunk, plan.axis, plan.convolution),
 }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from melcore.memory.plan import Axis
+from melcore.memory.plan import Axis, Way
 from melcore.memory.protocols import Gradients, LayeredLike, LayerLike
 from melcore.memory.streaming.sweep import AXES, Sweep
 
@@ -32,15 +32,15 @@ def why_not(regulariser: nn.Module, axis: Axis = "readout") -> str | None:
 
 
 class Stream:
-    """A wavefront in steps of `chunk` planes along `axis`."""
+    """A wavefront in steps of `chunk` planes along `axis`, which convolves in a `way`."""
 
-    def __init__(self, chunk: int, axis: Axis = "readout") -> None:
-        self.chunk, self.axis = chunk, axis
+    def __init__(self, chunk: int, axis: Axis = "readout", way: Way = "channels_last") -> None:
+        self.chunk, self.axis, self.way = chunk, axis, way
 
     def forward(self, regulariser: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """See `ExecutorLike.forward`."""
         with torch.no_grad():
-            return Sweep(regulariser, x, self.chunk, self.axis, backward=False).forward(), ()
+            return Sweep(regulariser, x, self.chunk, self.axis, self.way, backward=False).forward(), ()
 
     def vjp(
         self,
@@ -52,7 +52,7 @@ class Stream:
     ) -> Gradients:
         """See `ExecutorLike.vjp`."""
         with torch.no_grad():
-            return Sweep(regulariser, x, self.chunk, self.axis, backward=True).vjp(gradient, parameters)
+            return Sweep(regulariser, x, self.chunk, self.axis, self.way, backward=True).vjp(gradient, parameters)
 
 
 class Keep(Stream):
@@ -69,9 +69,14 @@ class Keep(Stream):
     """
 
     def __init__(
-        self, chunk: int, layers: int | None = None, dtype: torch.dtype | None = None, axis: Axis = "readout"
+        self,
+        chunk: int,
+        layers: int | None = None,
+        dtype: torch.dtype | None = None,
+        axis: Axis = "readout",
+        way: Way = "channels_last",
     ) -> None:
-        super().__init__(chunk, axis)
+        super().__init__(chunk, axis, way)
         self.layers, self.dtype = layers, dtype
 
     def _signals(self, regulariser: nn.Module) -> list[int]:
@@ -83,7 +88,7 @@ class Keep(Stream):
     def forward(self, regulariser: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """See `ExecutorLike.forward`."""
         with torch.no_grad():
-            sweep = Sweep(regulariser, x, self.chunk, self.axis, backward=False)
+            sweep = Sweep(regulariser, x, self.chunk, self.axis, self.way, backward=False)
             sweep.record(self._signals(regulariser), self.dtype)
             return sweep.forward(), list(sweep.recorded.values())
 
@@ -98,4 +103,6 @@ class Keep(Stream):
         """See `ExecutorLike.vjp`."""
         with torch.no_grad():
             signals = dict(zip(self._signals(regulariser), kept, strict=True))
-            return Sweep(regulariser, x, self.chunk, self.axis, backward=True, kept=signals).vjp(gradient, parameters)
+            return Sweep(regulariser, x, self.chunk, self.axis, self.way, backward=True, kept=signals).vjp(
+                gradient, parameters
+            )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from melcore.errors import ShapeError
 from melcore.memory.noise import noise_of
-from melcore.memory.plan import Axis
+from melcore.memory.plan import Axis, Way
 from melcore.memory.protocols import Gradients, LayeredLike, LayerLike
 from melcore.memory.streaming.arrangement import Arrangement
 from melcore.memory.streaming.faces import ZERO, continued, fold, gather
@@ -31,6 +31,7 @@ class Sweep:
         x: Tensor,
         chunk: int,
         axis: Axis = "readout",
+        way: Way = "channels_last",
         *,
         backward: bool,
         kept: Mapping[int, Tensor] | None = None,
@@ -49,7 +50,7 @@ class Sweep:
         batch, _, time, z, y, readout = x.shape
         volumetric = any(layer.kernel[1] > 1 for layer in self.layers)
         self.arrangement = Arrangement(batch, time, z, y, readout, volumetric, axis)
-        self.kernels = [make_kernel(layer, self.arrangement, self.dtype) for layer in self.layers]
+        self.kernels = [make_kernel(layer, self.arrangement, self.dtype, way) for layer in self.layers]
         halos = [layer.halo[AXES[axis]] for layer in self.layers]
         modes = [str(layer.padding) for layer in self.layers if layer.halo[AXES[axis]]]
         self.mode = modes[0] if modes else "zeros"
