@@ -151,6 +151,22 @@ def test_planning_leaves_the_model_alone() -> None:
     assert all(type(p) is torch.nn.Parameter for p in made.parameters())
 
 
+def test_every_cheaper_plan_is_lighter_until_there_is_none() -> None:
+    made = make()
+    memory: MemoryPlan | None = MemoryPlan(
+        (IterationPlan("stream", chunk=16),) * 2 + (IterationPlan("stream", chunk=16, keep_input=True), IterationPlan())
+    )
+    peaks = []
+    with fake_tensors():
+        measured = costs(made, MATRIX, COILS)
+        while memory is not None:
+            peaks.append(measured.peak(memory))
+            assert len(peaks) < 30
+            memory = demoted(memory)
+    assert len(peaks) > 5
+    assert all(later <= 1.001 * earlier for earlier, later in itertools.pairwise(peaks))
+
+
 def test_running_out_of_memory_takes_the_next_cheaper_plan() -> None:
     made = make()
     made.memory = MemoryPlan((IterationPlan("stream", chunk=16),) * 2 + (IterationPlan("keep"),) * 2)

@@ -13,6 +13,10 @@ from melcore.memory.plan import IterationPlan, MemoryPlan
 T = TypeVar("T")
 
 
+# Planes of a chunk that cost hardly any time to do with; fewer keep a device less busy.
+_SMALL = 4
+
+
 class HasPlan(Protocol):
     """A model that runs as its memory plan says."""
 
@@ -32,19 +36,23 @@ def demoted(plan: MemoryPlan) -> MemoryPlan | None:
     return replace(plan, iterations=entries, predicted_peak_bytes=None, relative_time=None)
 
 
-def _level(entry: IterationPlan) -> tuple[int, int, int]:
+def _level(entry: IterationPlan) -> tuple[int, int, int, int]:
     """Plans in the order in which they are given up, the most expensive first."""
     order = ("plain", "checkpoint", "keep", "store", "nested", "reverse", "tile", "stream")
-    return order.index(entry.executor), int(entry.states != "device") + int(not entry.hold_physics), -entry.chunk
+    place = 2 if entry.states != "device" else int(not (entry.hold_physics or entry.keep_input))
+    return order.index(entry.executor), -max(entry.chunk, _SMALL), place, -entry.chunk
 
 
 def _cheaper(entry: IterationPlan) -> IterationPlan:
     if entry.executor != "stream":
         return IterationPlan("stream", chunk=16, states=entry.states, axis=entry.axis, convolution=entry.convolution)
-    if entry.keep_input or entry.hold_physics:
+    if entry.chunk > _SMALL:
+        return replace(entry, chunk=max(_SMALL, entry.chunk // 2))
+    if entry.states == "device" and (entry.keep_input or entry.hold_physics):
         return replace(entry, keep_input=False, hold_physics=False)
     if entry.states == "device" and torch.cuda.is_available():
-        return replace(entry, states="host")
+        # In the host's memory there is room for the regulariser's input too, and so nothing need wait on the device.
+        return replace(entry, states="host", keep_input=True)
     return replace(entry, chunk=max(1, entry.chunk // 2))
 
 
