@@ -11,6 +11,9 @@ only if its error is within a bound. Beyond it, states are computed forward agai
 learned thereby is remembered for each iteration as its *reach*: how many iterations in a row were undone well, up to
 it. From then on the forward keeps one exact state for each reach, and later steps find their way back without failing;
 an iteration whose reach is 0 keeps its state always. `reports` shows what came of it.
+
+How often a network is evaluated on the way back depends on the data, so processes that must evaluate it together, as
+those of FSDP do where a regulariser is sharded on its own, cannot use this; shard the model as a whole.
 """
 
 import math
