@@ -42,6 +42,7 @@ from gadgets.warm_models import WarmModels
 from gadgets.wire import Wire
 from melcore.errors import DataError, MelError
 from melcore.io.mrd_header import scan_info
+from melcore.machine import give_back_memory
 from melcore.reconstruct import Reconstruction
 
 _log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class ExamSession:
                 self._converse(Wire(self._connection, largest_array=self._parts.largest_array))
             except Exception:
                 _log.exception("this exam's connection failed unexpectedly, please report it")
+        give_back_memory()
 
     def _converse(self, wire: Wire) -> None:
         try:

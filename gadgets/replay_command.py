@@ -67,10 +67,11 @@ def _find(arguments: argparse.Namespace, path: Path) -> "Exam":
 
 
 def _spool(arguments: argparse.Namespace) -> "Spool":
-    from gadgets.spool import Spool, default_folder
+    from gadgets.spool import Spool
     from melcore.errors import ConfigError
+    from melcore.machine import default_spool
 
-    folder = arguments.spool or default_folder()
+    folder = arguments.spool or default_spool()
     if not folder.is_dir():
         raise ConfigError(f"there is no spool {folder}: give the server's folder with --spool.")
     return Spool(folder)

@@ -13,6 +13,7 @@ It stops on SIGTERM and SIGINT: running exams may end within --grace seconds, th
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -20,11 +21,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from melcore.cli.doctor import PORT
+
 if TYPE_CHECKING:
     from gadgets.exam_session import Parts
     from gadgets.server import Server
-
-PORT = 18000
 
 # Of what is free: other programs need memory too, and what a plan predicts is not all that there is.
 _SHARE = 0.8
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     parts = _parts(arguments)
     names = parts.models.warm_up()
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: the collections after each exam need not look through it
     if stop.is_set():
         return 0
     server = Server(arguments.host, arguments.port, parts, connections=arguments.connections)
@@ -94,11 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _parts(arguments: argparse.Namespace) -> "Parts":
     from gadgets.admission import Admission
     from gadgets.exam_session import Parts
-    from gadgets.spool import Spool, default_folder
+    from gadgets.spool import Spool
     from gadgets.warm_models import WarmModels, device_of
     from melcore.bundle import SUFFIX, shipped
     from melcore.errors import ConfigError
-    from melcore.machine import available_memory
+    from melcore.machine import available_memory, default_spool
     from melcore.units import parse_bytes
 
     for name in ("at_a_time", "connections", "idle"):
@@ -114,7 +117,7 @@ def _parts(arguments: argparse.Namespace) -> "Parts":
             raise ConfigError(f"--bundles names {arguments.bundles}, which is no folder.")
         bundles |= {path.stem: path for path in sorted(arguments.bundles.glob(f"*{SUFFIX}"))}
     limit = parse_bytes(arguments.spool_limit) if arguments.spool_limit else None
-    spool = Spool(arguments.spool or default_folder(), keep=arguments.keep, limit=limit, days=arguments.spool_days)
+    spool = Spool(arguments.spool or default_spool(), keep=arguments.keep, limit=limit, days=arguments.spool_days)
     spool.tidy()
     device = device_of(arguments.device)
     free = available_memory(device) or 4 << 30

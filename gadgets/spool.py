@@ -285,15 +285,6 @@ def write_record(folder: Path, record: Record) -> None:
         raise
 
 
-def default_folder() -> Path:
-    """``MEL_SPOOL``, else ``mel/spool`` where programs of this user keep their state."""
-    named = os.environ.get("MEL_SPOOL")
-    if named:
-        return Path(named)
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "mel" / "spool"
-
-
 def _remove(exam: Exam) -> bool:
     if being_written(exam.folder / LOG):
         return False

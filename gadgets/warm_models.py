@@ -25,10 +25,10 @@ from melcore.errors import ConfigError, MemoryBudgetError, unknown
 from melcore.preprocess.preparation import Preparation
 from melcore.reconstruct import CONVENTIONAL, DeadlineExceededError, Reconstruction, Reconstructor
 
-# What a conventional reconstruction holds, as multiples of its k-space: sorted, compressed and scaled data, the maps,
-# an image or two for each coil.
+# What a reconstruction holds on the processor, as multiples of its k-space: sorted, compressed and scaled data, the
+# maps, an image or two for each coil.
 _COPIES = 6
-# Of the coils that nobody knows before an exam is there.
+# For the small exams that warm a model up, by the bundle's dimensions.
 _PIPELINES = {"2d": "mel_cartesian_2d", "3d": "mel_cartesian_3d", "2d+t": "mel_cine_2dt"}
 
 #: Is told of every reconstruction: what came out, and the seconds that it waited.
@@ -54,7 +54,8 @@ class SharedReconstructor(Reconstructor):
     def room(self, shape: Sequence[int]) -> Iterator[None]:
         """Wait until there is memory for these data."""
         begin = time.monotonic()
-        with self.admission.place(self._needed(shape), self.deadline) as granted:
+        deadline = self.deadline if self.bundle is not None else None  # else there is nothing simpler to give instead
+        with self.admission.place(self._needed(shape), deadline) as granted:
             self._granted, self._waited = granted, time.monotonic() - begin
             with contextlib.nullcontext() if granted else self.busy:
                 if self._cancelled():

@@ -1,5 +1,9 @@
-"""What this machine has left."""
+"""What this machine has left, and where a server keeps its exams on it."""
 
+import contextlib
+import ctypes
+import gc
+import os
 from pathlib import Path
 
 
@@ -28,3 +32,22 @@ def _container_room() -> list[int]:
     except OSError:
         return []
     return [max(0, int(limit) - int(used))] if limit.isdigit() else []
+
+
+def give_back_memory() -> None:
+    """Return memory that is not used any more to the system.
+
+    Left alone, Python looks rarely for what only refers to itself, and glibc keeps some of every thread's memory.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def default_spool() -> Path:
+    """Folder of a server's spool: ``MEL_SPOOL``, else ``mel/spool`` where programs of this user keep their state."""
+    named = os.environ.get("MEL_SPOOL")
+    if named:
+        return Path(named)
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "mel" / "spool"

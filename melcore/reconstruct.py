@@ -159,7 +159,7 @@ class Reconstructor:
                 calibration=calibration,
                 coil_maps=coil_maps,
                 settings=settings,
-                timeout=min(filter(None, (self.deadline, self.map_timeout)), default=None),
+                timeout=self._seconds_for_maps(),
                 cancel=self.cancel,
             )
         except ToolError as error:
@@ -212,6 +212,11 @@ class Reconstructor:
             Of the data, as Gadgetron's buffers ``[RO, E1, E2, CHA, N, S, LOC]``.
         """
         yield
+
+    def _seconds_for_maps(self) -> float | None:
+        # Without a network the deadline has nothing to give up: no other image needs less.
+        deadline = None if self.bundle is None else self.deadline
+        return min(filter(None, (deadline, self.map_timeout)), default=None)
 
     def _late(self, begin: float, spare: float = 0.0) -> bool:
         return self.deadline is not None and time.perf_counter() - begin > self.deadline - spare

@@ -190,6 +190,11 @@ class TestFallback:
         with pytest.raises(ToolError, match="did not end within"):
             Reconstructor("cg-sense", map_timeout=1e-6)(exam())
 
+    def test_a_deadline_takes_nothing_from_conventional_methods(self) -> None:
+        a, b = (Reconstructor("cg-sense", deadline=deadline)(exam()) for deadline in (None, 1e-6))
+        assert (b.path_taken, b.warning) == ("cg-sense", "")
+        assert torch.equal(a.image.data, b.image.data)
+
     def test_cancelled(self) -> None:
         cancel = threading.Event()
         cancel.set()

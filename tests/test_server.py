@@ -1,8 +1,11 @@
 """`mel serve` as scanners and Gadgetrons meet it: a process of its own, real sockets, whole exams."""
 
 import json
+import os
+import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -36,6 +39,7 @@ from gadgets.header import parse_header
 from gadgets.messages import Close, ConfigFile, ConfigScript, Error, Image, ReconData, Text
 from gadgets.stages import STAGES
 from melcore.cli import main
+from melcore.cli.doctor import PORT
 from melcore.errors import ConfigError
 from melcore.io.images import read_images
 from melcore.simulate.exam import Protocol, write_exam
@@ -248,6 +252,28 @@ def test_a_stopped_server_ends_what_runs_and_keeps_what_cannot_end(exam, tmp_pat
         assert "being stopped" in found.record.reason
     assert main(["replay", "--list", "--spool", str(server.folder)]) == 0
     assert found.record.id in capsys.readouterr().out
+
+
+def test_doctor_looks_as_the_server_s_user_would(capsys, monkeypatch, tmp_path):
+    def findings(*arguments: str) -> dict[str, dict]:
+        assert main(["doctor", "--json", *arguments]) == 0
+        return {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+
+    monkeypatch.setenv("MEL_SPOOL", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = findings("--port", str(port))
+    assert found[f"port {port}"]["state"] == "note"
+    assert "in use" in found[f"port {port}"]["found"]
+    assert str(tmp_path) in found["spool"]["found"]
+    assert found["gadgetron's python"]["state"] == "ok"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("MEL_BART", shutil.which("bart", path=os.defpath) or "/usr/bin/bart")
+    found = findings()
+    assert "neither python nor python3" in found["gadgetron's python"]["found"]
+    assert found[f"port {PORT}"]["name"] == "port 18000"
 
 
 # What may be asked for.

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import header_xml, random_complex, readout
-from serving import script
+from serving import script, tiny_bundle
 
 from gadgets.admission import Admission, StoppingError
+from gadgets.chain import run_chain
 from gadgets.codec import TransportError, message_parts
 from gadgets.exam_feed import ExamFeed
 from gadgets.exam_log import MAGIC, ExamLog, LogReader, being_written, to_raw_file
@@ -35,11 +36,13 @@ from gadgets.messages import (
 )
 from gadgets.replay import complete_repetitions
 from gadgets.spool import LOG, RAW, Exam, Record, Spool, SpooledExam, new_id, read_record
+from gadgets.warm_models import WarmModels
 from melcore.cli import main
 from melcore.errors import ConfigError, DataError
 from melcore.io.images import read_images
 from melcore.io.mrd import open_raw
 from melcore.io.mrd_types import IS_NOISE, LAST_IN_MEASUREMENT
+from melcore.reconstruct import DeadlineExceededError, Reconstruction
 from melcore.simulate.exam import Protocol, write_exam
 
 HEADER = HeaderXml(header_xml((1, 12, 10), 3).encode())
@@ -402,6 +405,34 @@ def test_waiting_ends_with_the_deadline_or_the_server():
         admission.close()
         thread.join(10)
         assert len(errors) == 1
+    assert admission.running == 0
+
+
+def test_who_waits_beyond_the_deadline_gets_cg_sense_and_is_told(tmp_path, exam_file):
+    admission = Admission(1 << 30, most=1)
+    bundles = {"tiny": tiny_bundle(tmp_path / "tiny.safetensors")}
+    models = WarmModels(device="cpu", memory=1 << 30, admission=admission, bundles=bundles)
+    seen: list[tuple[str, str, float]] = []
+
+    def observe(result: Reconstruction, waited: float) -> None:
+        seen.append((result.path_taken, result.warning, waited))
+
+    def chain(**values: str) -> int:
+        overrides = {"model": "tiny", "deadline": "0.3"} | values
+        with open_raw(exam_file) as raw:
+            options = {"overrides": overrides, "stages": models.stages(observe)}
+            return len(list(run_chain("mel_cartesian_2d", raw.header_xml, raw.acquisitions(), **options)))
+
+    with admission.place(1):
+        assert chain() == 1
+        with pytest.raises(DeadlineExceededError, match="while other exams"):
+            chain(fallback="false")
+    ((path, warning, waited),) = seen
+    assert path == "cg-sense"
+    assert "while other exams used the accelerator" in warning
+    assert waited >= 0.3
+    assert chain(deadline="500") == chain(model="adjoint") == 1
+    assert [path for path, _, _ in seen[1:]] == ["learned", "adjoint"]
     assert admission.running == 0
 
 

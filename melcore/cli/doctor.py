@@ -1,9 +1,10 @@
 """Check that everything MEL needs is here, and say how to get what is not.
 
-Exits with 1 if something necessary is missing.
+Run it as the user and in the environment of the server that will use MEL: a Gadgetron starts the first python on its
+PATH, and mel serve needs its port and its spool. Exits with 1 if something necessary is missing.
 
     mel doctor
-    mel doctor --json
+    mel doctor --port 18001 --json
 """
 
 import argparse
@@ -11,13 +12,18 @@ import json
 import os
 import platform
 import shutil
+import socket
+import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 
 _PACKAGES = ("numpy", "h5py", "ismrmrd", "gadgetron", "safetensors", "yaml", "tqdm")
-_EXTRAS = {"pydantic": "train", "tensorboard": "train", "matplotlib": "figures"}
+_EXTRAS = {"pydantic": "train", "tensorboard": "train", "matplotlib": "figures", "prometheus_client": "serve"}
 _DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+PORT = 18000  #: of `mel serve`, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mel doctor``."""
+    parser.add_argument("--port", type=int, default=PORT, help=f"of mel serve ({PORT})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 1 if something necessary is missing."""
     findings = [_python(), *_torch(), _bart(), _processor(), _memory(), _scratch(), *_packages(), _bundles()]
+    findings += [_gadgetron_python(), _port(arguments.port), _spool()]
     missing = [finding for finding in findings if finding.state == "missing"]
     if arguments.json:
         print(json.dumps({"ok": not missing, "findings": [asdict(finding) for finding in findings]}))
@@ -88,17 +96,12 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
+    from melcore.machine import available_memory
     from melcore.units import format_bytes
 
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    free = available_memory()
+    if free is None:
         return Finding("memory", "unknown on this system", "note")
-    # A container's own limit, where it has one, lies below what the machine has.
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    free = min(free, int(text)) if text.isdigit() else free
     return Finding("memory", f"{format_bytes(free)} available")
 
 
@@ -141,3 +144,47 @@ def _bundles() -> Finding:
     if not names:
         return Finding("bundles", "none", "note", "train one: mel fit CONFIG.yaml")
     return Finding("bundles", ", ".join(names))
+
+
+def _gadgetron_python() -> Finding:
+    """Whether the python that a Gadgetron starts finds our gadgets, from any folder and without standard input."""
+    name = "gadgetron's python"
+    program = shutil.which("python") or shutil.which("python3")
+    if program is None:
+        return Finding(name, "neither python nor python3 is on the PATH", "note", "a Gadgetron here could start none")
+    code = "import gadgetron, gadgets, pipelines, torch; gadgets.reconstruct; print(gadgets.__file__)"
+    advice = "for <execute> nodes start the Gadgetron with the environment of MEL first on its PATH, or set PYTHONPATH"
+    try:
+        found = subprocess.run(
+            [program, "-c", code], cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(name, f"{program}: {error}", "note", advice)
+    if found.returncode:
+        reason = (found.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        return Finding(name, f"{program}: {reason}", "note", advice)
+    return Finding(name, f"{program}, gadgets in {Path(found.stdout.strip()).parent}")
+
+
+def _port(port: int) -> Finding:
+    name = f"port {port}"
+    try:
+        # As mel serve does: a connection of a server that has just ended does not hinder the next one.
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Finding(name, reason, "note", "mel serve runs here already, or needs another --port")
+    return Finding(name, "free for mel serve")
+
+
+def _spool() -> Finding:
+    from melcore.machine import default_spool
+    from melcore.units import format_bytes
+
+    folder = default_spool()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Finding("spool", f"{folder} cannot be written", "note", "set MEL_SPOOL, or give mel serve --spool")
+    exams = sum(1 for _ in folder.glob("*/exam.json")) if there == folder else 0
+    free = format_bytes(shutil.disk_usage(there).free)
+    return Finding("spool", f"{folder}, {free} free" + (f", exams kept: {exams}" if exams else ""))
