@@ -381,7 +381,7 @@ def _table(about: dict[str, Any], results: dict[str, Any]) -> str:
     ]
     for name, stages in results["cases"].items():
         for stage, row in stages.items():
-            if stage in ("read", "load"):
+            if stage in ("read", "load", "note"):
                 continue
             mel, bart = row["mel"], row["bart"]
             rows.append(
@@ -389,6 +389,7 @@ def _table(about: dict[str, Any], results: dict[str, Any]) -> str:
                 f"({bart['wall_s']:.2f}) | {mel['mib']:.0f} | {bart['mib']:.0f} | "
                 f"{bart['cpu_s'] / max(mel['cpu_s'], 0.01):.1f} |"
             )
+    rows += ["", *(f"{name}: {stages['note']}." for name, stages in results["cases"].items() if "note" in stages)]
     rows += ["", "| case | file | read | times a loop of `read_acquisition` |", "|---|---|---|---|"]
     for name, stages in results["cases"].items():
         read = stages["read"]
