@@ -27,8 +27,9 @@ from torch import Tensor
 
 from melcore.errors import MemoryBudgetError
 from melcore.memory import IterationPlan, MemoryPlan
+from melcore.memory.costs import MARGIN
 from melcore.memory.meter import Meter, fake_tensors
-from melcore.memory.planner import MARGIN, choose
+from melcore.memory.planner import choose
 from melcore.networks import ResidualCNN, SpaceTimeCNN
 from melcore.physics import Sense
 from melcore.unrolled import Encoding, MoDL, Unrolled

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melcore.memory import MemoryPlan
-    from melcore.memory.planner import Costs
+    from melcore.memory.costs import Costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +120,8 @@ def _draw(path: Path, costs: "Costs", chosen: "MemoryPlan", budget: int) -> None
     """Time against memory: the fastest plan for every budget, and what others do."""
     from melcore.errors import MemoryBudgetError, MissingDependencyError
     from melcore.memory import MemoryPlan
-    from melcore.memory.planner import MARGIN, choose
+    from melcore.memory.costs import MARGIN
+    from melcore.memory.planner import choose
 
     try:
         from matplotlib.figure import Figure

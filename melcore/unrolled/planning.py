@@ -9,10 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from melcore.errors import MemoryBudgetError
 from melcore.memory import MemoryPlan
+from melcore.memory.costs import FOURIER_COST, MARGIN, Costs
 from melcore.memory.executors import why_not
 from melcore.memory.meter import Meter, fake_tensors
 from melcore.memory.plan import Way
-from melcore.memory.planner import CHUNKS, FOURIER_COST, MARGIN, Costs, choose
+from melcore.memory.planner import CHUNKS, choose
 from melcore.physics import Sense
 from melcore.physics.fourier import centring_phase
 from melcore.units import format_bytes

@@ -79,11 +79,11 @@ class Reverse:
                 if value is not None:
                     total = sums[index]
                     sums[index] = value if total is None else total + value
-        error = float((y - x).norm() / x.norm().clamp(min=torch.finfo(x.dtype).tiny))
+        error = (y - x).norm() / x.norm().clamp(min=torch.finfo(x.dtype).tiny)
         bound = self.bound if self.bound is not None else torch.finfo(x.dtype).eps ** 0.5
-        if not error <= bound:
+        if not bool(error <= bound):
             warnings.warn(
-                f"a state computed back through {type(regulariser).__name__} was off by {error:.1e}, more than "
+                f"a state computed back through {type(regulariser).__name__} was off by {float(error):.1e}, more than "
                 f"{bound:.1e}: its gradient is computed from kept activations instead, which takes more memory.",
                 stacklevel=2,
             )

@@ -32,9 +32,7 @@ class Kernel(Protocol):
         """The sums for weight and bias, shaped as the layer's."""
 
 
-def make_kernel(
-    layer: LayerLike, arrangement: Arrangement, dtype: torch.dtype, way: Way = "channels_last"
-) -> Kernel:
+def make_kernel(layer: LayerLike, arrangement: Arrangement, dtype: torch.dtype, way: Way = "channels_last") -> Kernel:
     """The kernel for a layer, computing in `dtype`; gradients of weights are added up in float32 at least."""
     if layer.kernel[1:] == (1, 1, 1):
         return TemporalKernel(layer, arrangement, dtype)

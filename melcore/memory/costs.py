@@ -1,0 +1,274 @@
+"""What the parts of a model cost, measured on fake tensors; and from that the peak and the work of any plan.
+
+Every way to execute a network is measured once, and so is the physics; the peak of a whole plan follows by adding up
+what is there in each phase.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melcore.memory import executors
+from melcore.memory.meter import Meter
+from melcore.memory.plan import IterationPlan, MemoryPlan, Way
+from melcore.memory.protocols import EncodingLike, IterationLike, State
+from melcore.memory.states import recomputed
+from melcore.memory.streaming.sweep import AXES
+from melcore.memory.unit import Unit
+
+#: Time of one operation of a Fourier transform, in operations of a convolution: transforms are limited by memory
+#: bandwidth. A common ratio; `melcore.memory.calibrate` measures a device's own.
+FOURIER_COST = 10.0
+#: What convolution libraries and the allocator use besides what the meter sees, as a part of the peak.
+MARGIN = 0.05
+# Evaluations of a network that compute its input back by a fixed-point iteration: it takes 5 to 20.
+_FIXED_POINT = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one part of an iteration: bytes beside its inputs, and operations.
+
+    Attributes
+    ----------
+    kept
+        Bytes that stay from the forward to the backward.
+    forward, backward
+        Peaks, above the inputs and, in the backward, above what was kept and the incoming gradient.
+    work, backward_work
+        Operations in convolutions.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    work: float
+    backward_work: float
+
+
+class Costs:
+    """What the parts of a model cost, measured on fake tensors when first asked for.
+
+    Parameters
+    ----------
+    iterations
+        Of a model whose parameters are fake; the middle one stands for all.
+    encoding, state
+        Fake measurement, and the state before the first iteration.
+    fixed
+        Bytes of everything that is there all the time: parameters, gradients, optimiser, inputs.
+    fourier_cost, convolution
+        What is known of the device; see `melcore.memory.calibrate`.
+    """
+
+    def __init__(
+        self,
+        iterations: Sequence[IterationLike[Any]],
+        encoding: EncodingLike,
+        state: State,
+        *,
+        fixed: int,
+        fourier_cost: float = FOURIER_COST,
+        convolution: Way = "channels_last",
+    ) -> None:
+        self.count, self.encoding, self.fixed = len(iterations), encoding, fixed
+        self.fourier_cost, self.convolution = fourier_cost, convolution
+        self.iteration = iterations[len(iterations) // 2]
+        self.unit = Unit(self.iteration, self.iteration, IterationPlan())
+        with torch.no_grad():
+            self.x, carry = self.iteration.before(state, encoding)
+        self.carry = carry
+        self.image = _bytes(self.x)
+        # What a unit passes on: the regulariser's output, and the carried images; its input may be one of them.
+        self.state = self.image + _distinct(carry)
+        self.input = _distinct((self.x, *carry)) - _distinct(carry)
+        self._networks: dict[tuple[Any, ...], Cost] = {}
+
+    @cached_property
+    def physics(self) -> Cost:
+        """The physics between two regularisers, with its record for differentiation."""
+        with Meter() as meter:
+            inputs = [tensor.detach().clone().requires_grad_() for tensor in (self.x, *self.carry)]
+            before = _begin(meter)
+            x, carry = self.unit.physics(tuple(inputs), self.encoding)
+            kept, forward, work = meter.live - before, meter.peak - before, self._work(meter)
+            outputs = [tensor for tensor in (x, *carry) if tensor.requires_grad]
+            gradients = [torch.empty_like(tensor) for tensor in outputs]
+            before = _begin(meter)
+            parameters = self.unit.physical
+            torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
+            return Cost(kept, forward, meter.peak - before, work, self._work(meter))
+
+    def network(self, plan: IterationPlan) -> Cost:
+        """The regulariser alone under an executor."""
+        key = (plan.executor, plan.chunk, plan.kept_layers, plan.precision, plan.axis, plan.convolution)
+        if key not in self._networks:
+            self._networks[key] = self._plain() if plan.executor in ("plain", "checkpoint") else self._executed(plan)
+        return self._networks[key]
+
+    def _plain(self) -> Cost:
+        regulariser = self.iteration.regulariser
+        with Meter() as meter:
+            x = self.x.detach().clone().requires_grad_()
+            before = _begin(meter)
+            output = regulariser(x)
+            kept, forward, work = meter.live - before - _bytes(output), meter.peak - before, self._work(meter)
+            gradient = torch.empty_like(output)
+            before = _begin(meter)
+            torch.autograd.grad(output, [x, *self.unit.learned], gradient)
+            # The graph is freed on the way, so the peak above it may be small, but is never negative.
+            return Cost(kept, forward, max(0, meter.peak - before), work, self._work(meter))
+
+    def _executed(self, plan: IterationPlan) -> Cost:
+        regulariser = self.iteration.regulariser
+        executor = executors.make(plan, regulariser)
+        axis = 2 if plan.axis == "time" else 5
+        whole, planes = self.x.shape[axis], self._enough(plan, self.x.shape[axis])
+        with Meter() as meter:
+            x = self.x.narrow(axis, 0, planes).detach().clone()
+            before = _begin(meter)
+            with torch.no_grad():
+                output, kept_tensors = executor.forward(regulariser, x)
+            forward, work = meter.peak - before, self._work(meter)
+            kept = meter.live - before - _bytes(output)
+            gradient = torch.empty_like(output)
+            del output
+            before = _begin(meter)
+            executor.vjp(regulariser, x, gradient, kept_tensors, self.unit.learned)
+            backward = meter.peak - before
+            more = self.image - _bytes(x)  # of the output, or of the gradient of the input
+            part = whole / planes
+            kept = round(kept * part)
+            forward += more + (kept - round(kept / part))
+            return Cost(kept, forward, backward + more, work * part, self._work(meter) * part)
+
+    def _enough(self, plan: IterationPlan, size: int) -> int:
+        """Planes after which a wavefront is in its steady state: the rest of the volume repeats itself."""
+        regulariser = self.iteration.regulariser
+        halo = getattr(regulariser, "halo", None)
+        streams = executors.why_not(plan.executor, regulariser, plan.axis) is None
+        if plan.executor not in ("stream", "keep") or not streams or halo is None:
+            return size
+        return min(size, 4 * plan.chunk + 8 * int(halo[AXES[plan.axis]]))
+
+    def _work(self, meter: Meter) -> float:
+        work = meter.convolution + self.fourier_cost * meter.fourier
+        meter.convolution = meter.fourier = 0
+        return work
+
+    def work(self, plan: MemoryPlan) -> float:
+        """Operations of a training step."""
+        physics, total = self.physics, self.physics.work + self.physics.backward_work
+        slots = sum(entry.states == "slots" for entry in plan.iterations)
+        for entry in plan.iterations:
+            network = self.network(entry)
+            total += network.work + network.backward_work + physics.work + physics.backward_work
+            if entry.states == "reverse":
+                exact = hasattr(self.iteration.regulariser, "inverse")
+                total += physics.work + network.work * (1 if exact else _FIXED_POINT)
+            elif entry.executor != "plain":
+                total += physics.work * (1 if entry.hold_physics or entry.keep_input else 2)
+            if entry.executor == "checkpoint":
+                total += network.work
+        if slots:
+            network = self.network(plan.iterations[0])
+            total += recomputed(slots, plan.slots) * (network.work + physics.work)
+        return total
+
+    def peak(self, plan: MemoryPlan) -> int:
+        """Bytes at the fullest moment of a training step, without margin."""
+        physics, states, peak = self.physics, 0, 0
+        if any(entry.states == "slots" for entry in plan.iterations):
+            states += self.state * min(plan.slots, self.count)
+        if any(entry.states == "host" for entry in plan.iterations):
+            states += self.state
+        for number, entry in enumerate(plan.iterations):
+            network = self.network(entry)
+            # In the forward: the physics, then the network beside its input, on top of what earlier units keep.
+            here = self.state
+            peak = max(peak, states + here + physics.forward, states + here + self.image + network.forward)
+            states += self._kept(entry, first=number == 0)
+            computed_back = entry.states == "reverse" and number > 0
+            backward = self._computed_back(entry) if computed_back else self._backward(entry)
+            peak = max(peak, states + backward)
+        tail = states + self.state + physics.kept + self.state + physics.backward
+        return self.fixed + max(peak, tail)
+
+    def _kept(self, entry: IterationPlan, *, first: bool) -> int:
+        """Bytes that a unit keeps on the device for its backward."""
+        kept = self.network(entry).kept if entry.executor in ("plain", "keep") else 0
+        if entry.executor == "plain":
+            return kept + (0 if first else self.physics.kept)  # nothing follows a regulariser there yet
+        if entry.states == "host":
+            return 0
+        if entry.states == "device":
+            kept += (0 if first else self.state) + (self.input if entry.keep_input else 0)
+        return kept
+
+    def _backward(self, entry: IterationPlan) -> int:
+        """Peak of a unit's backward above what is kept: the network, then the physics."""
+        network, physics, incoming = self.network(entry), self.physics, self.state
+        held = 0 if entry.executor == "plain" else physics.kept
+        during = held if entry.hold_physics else self.input
+        if entry.keep_input:
+            during = 0
+        freed = network.kept if entry.executor == "plain" else 0
+        if entry.executor == "checkpoint":
+            during += network.kept
+        return max(
+            during + incoming + network.backward,
+            held + incoming + self.image + physics.backward - freed,
+            0 if entry.executor == "plain" else physics.forward + incoming,
+        )
+
+    def _computed_back(self, entry: IterationPlan) -> int:
+        """The same where the unit's inputs are computed back from its outputs first, and every state is certified."""
+        network, physics, around = self.network(entry), self.physics, self.state + self.state
+        held = physics.kept + network.kept if entry.executor == "checkpoint" else self.image
+        return around + max(
+            2 * self.image + network.forward,
+            self.image + physics.forward,
+            held + network.backward,
+            physics.kept + self.image + physics.backward,
+        )
+
+    def predict(self, plan: MemoryPlan, *, margin: float = MARGIN) -> MemoryPlan:
+        """The plan with its predicted peak, margin included, and its time relative to plain backpropagation."""
+        plain = MemoryPlan((IterationPlan(),) * self.count)
+        return replace(
+            plan,
+            predicted_peak_bytes=round(self.peak(plan) * (1 + margin)),
+            relative_time=self.work(plan) / self.work(plain),
+        )
+
+    def published_reversal(self, fixed_point_steps: int = 5) -> tuple[int, float]:
+        """Peak, without margin, and relative time of Wang et al. 2021, which this engine is to be compared with.
+
+        States are not kept but recovered: the data consistency's in closed form, the regulariser's by so many
+        evaluations in a fixed-point iteration. Then the iteration is differentiated as a whole.
+        """
+        plain, physics = IterationPlan(), self.physics
+        network = self.network(plain)
+        graph = physics.kept + network.kept + 3 * self.state
+        peak = self.fixed + graph + max(network.backward, physics.backward - network.kept)
+        evaluations = 2 + fixed_point_steps
+        once = evaluations * network.work + network.backward_work + 3 * physics.work + physics.backward_work
+        return peak, self.count * once / self.work(MemoryPlan((plain,) * self.count))
+
+
+def _begin(meter: Meter) -> int:
+    """Start a measurement: the bytes that are live before it."""
+    meter.restart()
+    return meter.live
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _distinct(tensors: Sequence[Tensor]) -> int:
+    return sum({tensor.untyped_storage()._cdata: _bytes(tensor) for tensor in tensors}.values())
