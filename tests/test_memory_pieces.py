@@ -13,7 +13,7 @@ from melcore.memory.executors.nested import Nested
 from melcore.memory.executors.tile import Tile
 from melcore.memory.plan import Way
 from melcore.memory.streaming.convolution import convolve, weight_gradients
-from melcore.networks import LocalRegulariser, Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.networks import CouplingCNN, LocalRegulariser, Regulariser, ResidualCNN, SpaceTimeCNN
 from melcore.networks.layers import SpatialConvolution
 
 
@@ -29,6 +29,12 @@ def test_boxes_are_exact_at_the_faces_and_inside(mode: Any, chunk: int) -> None:
 def test_boxes_of_space_time_networks_keep_time_whole(mode: Any) -> None:
     regulariser = prepared(SpaceTimeCNN(2, channels=3, stages=2, padding=mode, time_padding="circular"))
     assert_exact(Tile(3), regulariser, (1, 1, 4, 2, 8, 9))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_boxes_of_coupling_networks_continue_as_their_layers_do(mode: Any) -> None:
+    regulariser = CouplingCNN(3, channels=3, blocks=1, layers=2, padding=mode)
+    assert_exact(Tile(3), prepared(regulariser), (1, 1, 1, 9, 10, 11))
 
 
 def test_an_axis_that_continues_in_two_ways_is_not_cut() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from melcore.memory.noise import NoiseLike, draws_anew, noise_of
-from melcore.memory.protocols import Gradients, LayeredLike
+from melcore.memory.protocols import Gradients
 from melcore.memory.streaming.faces import fold, gather
 
 _AXES = (3, 4, 5)
@@ -96,8 +96,12 @@ class Tile:
 
 def _mode(regulariser: nn.Module, axis: int) -> str:
     """How the layers continue an axis (z 1, y 2, x 3): circular, mixed (then the axis is not cut), or anything else."""
-    layers = regulariser.layers if isinstance(regulariser, LayeredLike) else ()
-    modes = {str(layer.padding) for layer in layers if layer.halo[axis]}  # type: ignore[index]
+    modes: set[str] = set()
+    for module in regulariser.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            modes.add(module.padding_mode)
+        elif hasattr(module, "padding") and hasattr(module, "halo") and module.halo[axis]:  # type: ignore[index]
+            modes.add(str(module.padding))
     if modes == {"circular"}:
         return "circular"
     return "mixed" if "circular" in modes else "other"
