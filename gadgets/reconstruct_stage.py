@@ -40,6 +40,9 @@ class ReconstructSettings:
         What the reconstruction may use of the device, for example ``12GiB``.
     deadline
         Seconds after which a learned reconstruction is given up.
+    map_timeout
+        Seconds for the estimation of coil maps, so that a BART that hangs does not keep an exam for ever; a server has
+        a limit of its own.
     map_sets, coils
         Sets of coil maps, and virtual coils to compress to; by default what the model was trained with.
     series
@@ -59,6 +62,7 @@ class ReconstructSettings:
     device: str = "auto"
     memory: Bytes | None = None
     deadline: float | None = None
+    map_timeout: float = 3600.0
     map_sets: int | None = None
     coils: int | None = None
     series: int = 1
@@ -75,6 +79,8 @@ class ReconstructSettings:
                 raise ConfigError(f"{name} must be 1 at least, but is {value}.")
         if self.deadline is not None and not self.deadline > 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
+        if not self.map_timeout > 0:
+            raise ConfigError(f"map_timeout must be a positive number of seconds, but is {self.map_timeout}.")
         if not 0 <= self.series < 1 << 16:
             raise ConfigError(f"series must be within 0 and 65535, but is {self.series}.")
 
@@ -124,6 +130,8 @@ def make_reconstructor(
 
     names = ("device", "deadline", "fallback", "partial_fourier")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    if build is None:
+        options["map_timeout"] = settings.map_timeout
     reconstructor = (build or Reconstructor)(settings.bundle or settings.model, memory=settings.memory, **options)
     chosen = {"coils": settings.coils, "map_sets": settings.map_sets}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}

@@ -239,7 +239,7 @@ def test_bart_that_dies_or_hangs_or_is_absent_is_told_or_survived(exam, tmp_path
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
     conventional, learned = properties(model="none"), properties(model="modl_2d", deadline=2)
-    hurried = properties(model="none", deadline=2)
+    hurried = properties(model="none", map_timeout=2)
     _all(
         lambda: _fails(
             _run(exam, "reconstruct", _bart(tmp_path / "dies", "kill -9 $$"), config=conventional), "killed"
