@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from melcore import layout
+from melcore.cli import main
 from melcore.data import KSpace, ScanInfo
 from melcore.errors import ConfigError, DataError, MissingDependencyError, ShapeError, ToolError
 from melcore.io.bart import (
@@ -31,8 +32,10 @@ from melcore.io.bart import (
     version,
     write_cfl,
 )
+from melcore.io.load import load_k_space
 from melcore.physics import Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region
+from melcore.simulate.exam import Protocol, write_exam
 from tests.cases import centred_fft, coil_images, random_complex
 
 
@@ -602,3 +605,23 @@ def test_a_cache_that_cannot_be_made_is_explained(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cache .* cannot be made"):
         estimate_maps(k_space_of(coil_images(3, (1, 30, 28))), cache=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("calibration", [(1, 18), (0, 0)])
+def test_maps_of_a_file_need_its_centre_only(tmp_path, calibration, capsys):
+    """The command reads little; its maps are those of all that the file holds."""
+    path = tmp_path / "exam.h5"
+    write_exam(path, Protocol(shape=(3, 64, 60), slices=True, coils=4, acceleration=3, calibration=calibration, seed=3))
+    centre, separate = load_k_space(path, centre=16)
+    if calibration == (0, 0):
+        assert int(centre.mask.sum()) < 3 * 6
+        assert main(["maps", str(path), "-o", str(tmp_path / "maps.npy")]) == 1
+        assert "fully sampled centre" in capsys.readouterr().err
+        return
+    assert separate is not None
+    assert centre.mask.any(-1).any(0).flatten().nonzero().flatten().tolist() == list(range(24, 40))
+    k_space, extra = load_k_space(path)
+    assert torch.equal(centre.data, k_space.data * centre.mask)
+    assert main(["maps", str(path), "-o", str(tmp_path / "maps.npy")]) == 0
+    expected = estimate_coil_maps(k_space, calibration=extra).data
+    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), expected)

@@ -126,7 +126,7 @@ def _load(path: Path, noise: Path | None, size: int | None) -> "tuple[torch.Tens
     with open_raw(path) as raw:
         nonuniform = is_nonuniform(raw.header)
     if not nonuniform:
-        return load_k_space(path, noise=noise)
+        return load_k_space(path, noise=noise, centre=size or 24)
     regions = [calibration_from_samples(one, size or 24) for one in load_samples(path, noise=noise)]
     data = torch.cat([one.data for one in regions])
     return KSpace(data, regions[0].mask, regions[0].info, regions[0].noise), None

@@ -15,6 +15,7 @@ from melcore.errors import MemoryBudgetError
 from melcore.io.mrd import Acquisition, RawFile, open_raw, scan_info
 from melcore.io.noise_scan import noise_record, whitening_of
 from melcore.io.placement import Booleans, Placement, place
+from melcore.preprocess.calibration import calibration_region
 from melcore.preprocess.oversampling import remove_readout_oversampling
 from melcore.preprocess.whitening import whiten
 from melcore.units import format_bytes
@@ -23,7 +24,11 @@ _BLOCK = 256  # lines that are whitened together
 
 
 def load_k_space(
-    path: str | os.PathLike[str], *, encoding: int = 0, noise: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    encoding: int = 0,
+    noise: str | os.PathLike[str] | None = None,
+    centre: int | None = None,
 ) -> tuple[KSpace, KSpace | None]:
     """Read a Cartesian scan.
 
@@ -39,6 +44,8 @@ def load_k_space(
         Which of the encodings in its header.
     noise
         File with a separate noise scan to whiten by, instead of the exam's own.
+    centre
+        Keep only the fully sampled centre, at most so many lines along z and y: what coil maps need, in little memory.
 
     Returns
     -------
@@ -59,6 +66,8 @@ def load_k_space(
         headers = raw.headers()
         info = scan_info(raw.header, encoding)
         placement = place(raw.header, headers, encoding)
+        if centre is not None:
+            placement = _central(placement, centre)
         whitening = whitening_of(raw, headers, noise)
         matrix = whitening.matrix
         image = _Grid(placement, placement.imaging, int(headers["active_channels"][placement.first[0]]))
@@ -87,6 +96,24 @@ def load_k_space(
         image.k_space(info, whitening.noise),
         None if calibration is None else calibration.k_space(info, whitening.noise),
     )
+
+
+def _central(placement: Placement, size: int) -> Placement:
+    """The same of the lines of the calibration region only; memory of other lines is never touched."""
+    _, _, z, y = placement.shape
+
+    def within(lines: Booleans) -> Booleans:
+        if not lines.any():
+            return lines
+        mask = torch.from_numpy(placement.mask(lines))
+        region = calibration_region(mask, (z, y, placement.recon_readout))
+        for position, full, found in ((placement.z, z, region[0]), (placement.y, y, region[1])):
+            used = min(found, size)
+            start = full // 2 - used // 2
+            lines = lines & (position >= start) & (position < start + used)
+        return lines
+
+    return replace(placement, imaging=within(placement.imaging), calibration=within(placement.calibration))
 
 
 def _blocks(raw: RawFile, placement: Placement) -> Iterator[tuple[list[int], npt.NDArray[np.complex64]]]:
