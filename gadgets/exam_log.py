@@ -9,6 +9,7 @@ is kept has ended, `to_raw_file` makes an ISMRMRD file of it.
 import fcntl
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,9 @@ from gadgets.messages import Acquisition, Array, Close, ConfigFile, ConfigScript
 from melcore.errors import DataError
 
 MAGIC = b"MEL exam log 1\n"
+
+#: To be held by each thread that uses HDF5, where there are several: its variable-length types are not safe in them.
+HDF5 = threading.Lock()
 
 _BLOCK = 1 << 20
 _IOV_MAX = 1024
@@ -254,7 +258,7 @@ def to_raw_file(log: Path, target: Path) -> bool:
                 return False
     if len(headers) != 1 or not readouts:
         return False
-    with LogReader(log) as first, LogReader(log) as second:
+    with HDF5, LogReader(log) as first, LogReader(log) as second:
         write_raw(
             target,
             headers[0].xml.decode(errors="replace"),

@@ -12,18 +12,16 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from gadgets.admission import Admission, StoppingError
-from gadgets.chain import run_chain
 from gadgets.codec import TransportError, message_parts
+from gadgets.exam_chain import ExamChain
 from gadgets.exam_feed import ExamFeed
 from gadgets.exam_logging import exam_lines
-from gadgets.exam_request import kind_of, parse_request
-from gadgets.header import parse_header
-from gadgets.image_headers import with_attributes
+from gadgets.exam_record import Record, new_id
+from gadgets.exam_request import kind_of
 from gadgets.messages import (
     Close,
     ConfigFile,
@@ -36,14 +34,12 @@ from gadgets.messages import (
     Text,
 )
 from gadgets.metrics import Metrics
-from gadgets.spool import Record, Spool, SpooledExam, new_id
+from gadgets.spool import Spool, SpooledExam
 from gadgets.targets import describe
 from gadgets.warm_models import WarmModels
 from gadgets.wire import Wire
 from melcore.errors import DataError, MelError
-from melcore.io.mrd_header import scan_info
 from melcore.machine import give_back_memory
-from melcore.reconstruct import Reconstruction
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +79,6 @@ class ExamSession:
         self._sending: float | None = None
         self._cut = ""
         self._failure: Exception | None = None
-        self._ours = True  # images are made here, not only passed on
-        self._warned = False  # an image is not what was asked for
         self._seconds: dict[str, float] = {}
 
     # For the server's own thread.
@@ -145,13 +139,15 @@ class ExamSession:
         _log.info("exam begins", extra={"fields": {"peer": record.peer, "kind": record.kind}})
         exam, problem = self._begin_exam(config, header)
         feed = ExamFeed(exam, self._parts.spool, problem=problem)
-        worker = threading.Thread(target=self._work, args=(wire, config, header, feed), daemon=True)
+        chain = ExamChain(record, self._parts.models, feed)
+        worker = threading.Thread(target=self._work, args=(wire, config, header, feed, chain), daemon=True)
         worker.start()
         fault = self._receive(wire, feed)
         if exam is not None:
             self._settle(exam, feed)
         worker.join()
-        self._answer(wire, exam, feed, fault)
+        self._seconds |= chain.seconds
+        self._answer(wire, exam, feed, chain, fault)
 
     def _opening(self, wire: Wire) -> tuple[ConfigFile | ConfigScript, HeaderXml] | None:
         """Configuration and header; None if the peer closes before anything."""
@@ -231,11 +227,13 @@ class ExamSession:
 
     # For the thread of the chain.
 
-    def _work(self, wire: Wire, config: ConfigFile | ConfigScript, header: HeaderXml, feed: ExamFeed) -> None:
+    def _work(
+        self, wire: Wire, config: ConfigFile | ConfigScript, header: HeaderXml, feed: ExamFeed, chain: ExamChain
+    ) -> None:
         with exam_lines(self.record.id):
             try:
-                for message in self._chain(config, header, feed):
-                    self._send(wire, message, feed)
+                for message in chain.run(config, header):
+                    self._send(wire, message)
             except Exception as error:
                 # Everything must be reported: at the scanner an unknown error is worth as much as a known one.
                 self._failure = error
@@ -244,32 +242,8 @@ class ExamSession:
             finally:
                 feed.abandon()
 
-    def _chain(self, config: ConfigFile | ConfigScript, header: HeaderXml, feed: ExamFeed) -> Iterator[Message]:
-        request = parse_request(config)
-        record, models = self.record, self._parts.models
-        record.name, record.values = request.name, dict(request.values)
-        stages = models.stages(self._observe)
-        parsed = parse_header(header.xml)
-        record.protocol = scan_info(parsed.document).protocol
-        values = dict(request.values)
-        self._ours = request.kind == "client" or request.name == "reconstruct"
-        if models.model is not None and self._ours and not {"model", "bundle"} & set(values):
-            values["model"] = models.model
-        if request.kind == "client":
-            return run_chain(request.name, header.xml, feed, overrides=values, stages=stages)
-        return stages[request.name].bind(values, f"target {request.name}")(iter(feed), parsed)
-
-    def _observe(self, result: Reconstruction, waited: float) -> None:
-        seconds = self._seconds
-        for name, value in {"wait": waited, **result.timings}.items():
-            seconds[name] = seconds.get(name, 0.0) + value
-        self._warned = self._warned or bool(result.warning)
-        if result.path_taken not in self.record.paths:
-            self.record.paths.append(result.path_taken)
-
-    def _send(self, wire: Wire, message: Message, feed: ExamFeed) -> None:
+    def _send(self, wire: Wire, message: Message) -> None:
         if isinstance(message, Image | ImageArray):
-            message = self._labelled(message, feed) if self._ours else message
             if not self.record.images:
                 self._seconds["first_image"] = time.monotonic() - self._begin
             self.record.images += 1
@@ -279,26 +253,19 @@ class ExamSession:
         finally:
             self._sending = None
 
-    def _labelled(self, message: Image | ImageArray, feed: ExamFeed) -> Image | ImageArray:
-        """An image that says which exam it is of, and what the operator should know of that."""
-        warnings = []
-        if feed.unspooled:
-            warnings.append(f"the raw data of this exam are not kept, their disk failed: {feed.unspooled}")
-        elif self._warned:
-            warnings.append(f"the raw data are kept: mel replay {self.record.id}")
-        new = {"MEL_exam": self.record.id, "MEL_warning": "; ".join(warnings)}
-        if isinstance(message, Image):
-            return Image(message.header, with_attributes(message.meta, new), message.data)
-        metas = message.meta or ("",) * message.headers.size
-        labelled = tuple(with_attributes(meta, new) for meta in metas)
-        return ImageArray(message.data, message.headers, labelled, message.waveforms, message.acquisition_headers)
-
     # The end.
 
-    def _answer(self, wire: Wire, exam: SpooledExam | None, feed: ExamFeed, fault: Exception | None) -> None:
+    def _answer(
+        self, wire: Wire, exam: SpooledExam | None, feed: ExamFeed, chain: ExamChain, fault: Exception | None
+    ) -> None:
         record = self.record
         failure = TransportError(f"{self._cut}.") if self._cut else fault or self._failure
-        if failure is None and self._ours and not record.images and (record.messages or record.kind == "client"):
+        if (
+            failure is None
+            and chain.makes_images
+            and not record.images
+            and (record.messages or record.kind == "client")
+        ):
             failure = DataError(f"no image came of {record.messages} messages: they hold no complete image data.")
         if failure is None:
             try:
@@ -307,13 +274,13 @@ class ExamSession:
                 failure = error
         record.seconds = self._seconds["total_exam"] = time.monotonic() - self._begin
         if failure is None:
-            record.state = "fallback" if self._warned else "delivered"
-            record.reason = "an image is not what was asked for" if self._warned else ""
+            record.state = "fallback" if chain.warned else "delivered"
+            record.reason = "an image is not what was asked for" if chain.warned else ""
         else:
             record.state = "failed" if wire.finished else "interrupted"
             record.reason = describe(failure)
         # The record first: who reads the answer may look for the exam.
-        if exam is not None and record.state not in ("delivered",):
+        if exam is not None and record.state != "delivered":
             with contextlib.suppress(OSError):
                 exam.write_record()
         if failure is not None:
@@ -353,7 +320,7 @@ class ExamSession:
         }
         if record.reason:
             fields["reason"] = record.reason
-        quiet = failure is None or isinstance(failure, StoppingError)
-        level = logging.INFO if quiet and not self._warned else logging.WARNING
+        quiet = record.state == "delivered" or isinstance(failure, StoppingError)
+        level = logging.INFO if quiet else logging.WARNING
         _log.log(level, "exam ended", extra={"fields": fields})
         self._parts.metrics.ended(record.state, self._seconds)

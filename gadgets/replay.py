@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from gadgets.chain import run_chain
 from gadgets.exam_log import LogReader, being_written
+from gadgets.exam_record import LOG
 from gadgets.exam_request import ExamRequest, parse_request
 from gadgets.header import Header, parse_header
 from gadgets.image_headers import with_attributes
@@ -22,7 +23,7 @@ from gadgets.messages import (
     Image,
     Message,
 )
-from gadgets.spool import LOG, Exam
+from gadgets.spool import Exam
 from gadgets.stages import STAGES
 from melcore.errors import ConfigError, DataError
 from melcore.io.mrd import NOT_IMAGING, has_any_flag, open_raw
@@ -84,7 +85,9 @@ def material_of(exam: Exam) -> Material:
     if raw.suffix == ".log":
         return material_of_log(raw, f"exam {exam.record.id}")
     record = exam.record
-    request = ExamRequest("client", record.name, record.values) if record.name else None
+    request = None
+    if record.name:
+        request = ExamRequest("node" if record.kind == "node" else "client", record.name, record.values)
     found = material_of_file(raw)
     return Material(f"exam {record.id}", found.header_xml, request, record.complete, found.messages)
 

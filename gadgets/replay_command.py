@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reconstruct, write, and note it in the spool; or list."""
+    from gadgets.exam_record import LOG
     from gadgets.replay import material_of, material_of_file, material_of_log
-    from gadgets.spool import LOG
     from melcore.errors import ConfigError
 
     if arguments.list:
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _find(arguments: argparse.Namespace, path: Path) -> "Exam":
-    from gadgets.spool import Exam, read_record
+    from gadgets.exam_record import read_record
+    from gadgets.spool import Exam
 
     if path.is_dir() and Exam(path, read_record(path)).raw is not None:
         return Exam(path, read_record(path))
@@ -118,7 +119,7 @@ def _chosen(exam: "Exam | None", name: str) -> str | None:
 
 def _note(exam: "Exam", result: "Replay", summary: dict[str, object]) -> None:
     """Nothing more is owed once the images are what was asked for, of a complete exam."""
-    from gadgets.spool import write_record
+    from gadgets.exam_record import write_record
 
     record = exam.record
     if record.complete and not result.remark and not summary["warnings"]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gadgets.codec import TransportError, message_parts
+from gadgets.exam_log import HDF5
 from gadgets.messages import Close, ConfigFile, ConfigScript, HeaderXml, Image, Message, Text
 from gadgets.spool import Exam, Spool
 from gadgets.wire import Wire
@@ -107,7 +108,7 @@ def script(**values: object) -> ConfigScript:
 
 def exam_messages(path: Path) -> tuple[HeaderXml, list[Message]]:
     """Header and readouts of a file."""
-    with open_raw(path) as raw:
+    with HDF5, open_raw(path) as raw:
         return HeaderXml(raw.header_xml.encode()), list(raw.acquisitions())
 
 

@@ -19,6 +19,7 @@ from gadgets.chain import run_chain
 from gadgets.codec import TransportError, message_parts
 from gadgets.exam_feed import ExamFeed
 from gadgets.exam_log import MAGIC, ExamLog, LogReader, being_written, to_raw_file
+from gadgets.exam_record import LOG, Record, new_id, read_record
 from gadgets.header import parse_header
 from gadgets.image_headers import image_meta, with_attributes
 from gadgets.messages import (
@@ -35,7 +36,7 @@ from gadgets.messages import (
     Waveform,
 )
 from gadgets.replay import complete_repetitions
-from gadgets.spool import LOG, RAW, Exam, Record, Spool, SpooledExam, new_id, read_record
+from gadgets.spool import RAW, Exam, Spool, SpooledExam
 from gadgets.warm_models import WarmModels
 from melcore.cli import main
 from melcore.errors import ConfigError, DataError
