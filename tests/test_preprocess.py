@@ -17,6 +17,7 @@ from melcore.data import Geometry, Image, ScanInfo
 from melcore.errors import ConfigError, DataError, ShapeError
 from melcore.physics.fourier import fft, ifft
 from melcore.preprocess import compression, field_of_view, masks, oversampling, scaling, whitening
+from melcore.preprocess.map_interpolation import interpolated_planes
 
 NOISE_FLAG = 1 << 18
 
@@ -371,3 +372,25 @@ def test_images_without_usable_fields_of_view_are_only_cropped():
     broken = dataclasses.replace(image.info, recon_matrix=(1, 0, 8))
     with pytest.raises(ShapeError, match="must be positive"):
         field_of_view.to_recon_matrix(Image(data, broken))
+
+
+def test_maps_between_the_points_of_a_coarse_grid_are_those_of_the_fine_one():
+    """Smooth periodic maps, to a thousandth; whatever phase each voxel of the coarse grid has."""
+    reference = torch.tensor([1.0, 0.5j, -0.3, 0.2], dtype=torch.complex64)
+
+    def maps(shape):
+        axes = [2 * math.pi * (torch.arange(n, dtype=torch.float64) - n // 2) / n for n in shape]
+        z, y, x = torch.meshgrid(*axes, indexing="ij")
+        coils = torch.stack(
+            [2 + torch.cos(z - c) + 1j * torch.cos(y + c) + 0.7 * torch.sin(x + 2 * c) for c in range(4)]
+        )
+        coils = coils / coils.abs().square().sum(0).sqrt()
+        phase = torch.einsum("c,czyx->zyx", reference.conj().to(coils.dtype), coils)
+        return (coils * torch.polar(torch.ones(()).double(), -phase.angle())).to(torch.complex64)[None]
+
+    coarse, fine = maps((16, 20, 18)), maps((41, 33, 50))
+    turned = coarse * torch.polar(torch.ones(()), 6 * torch.rand(coarse.shape[2:]))
+    planes = list(interpolated_planes(turned, torch.ones(1, 16, 20, 18), (41, 33, 50), reference, 0.5))
+    found = torch.stack([plane for plane, _ in planes], dim=2)
+    assert float((found - fine).norm() / fine.norm()) < 2e-3
+    torch.testing.assert_close(torch.stack([values for _, values in planes], dim=1), torch.ones(1, 41, 33, 50))
