@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from melcore.errors import ConfigError
 
@@ -125,6 +126,8 @@ def _drop(features: Tensor, keys: list[Tensor], rate: float, most: int) -> None:
             count = min(step, size - start)
             part = [key.narrow(0, start, count) if i == dim else key for i, key in enumerate(keys)]
             _drop(features.narrow(dim, start, count), part, rate, most)
+            if isinstance(features, FakeTensor):
+                break  # the other pieces would take as much memory, one after the other
         return
     # The fastest axis is added last, so that only one sum is as large as the features; it is laid out as they are.
     total = torch.empty_like(features, dtype=torch.int32)
