@@ -199,7 +199,7 @@ def story(result: "Reconstruction", model: str, protocol: str, noise: "Noise") -
         "MEL_model": model,
         "MEL_path_taken": result.path_taken,
         "MEL_warning": "; ".join(filter(None, (result.warning, *result.remarks))),
-        "MEL_whitened": f"{noise.whitened}".lower(),
+        "MEL_whitened": "upstream, given a noise scan" if noise.source == "upstream" else f"{noise.whitened}".lower(),
     }
     figures = {"quality": result.quality, "seconds": result.timings}
     story |= {f"MEL_{kind}_{name}": f"{value:.6g}" for kind, some in figures.items() for name, value in some.items()}
@@ -239,8 +239,9 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
     chosen = _central_headers(bit, lines)
     whitening = header.provenance.get("whitening", "")
     by_scan = whitening.startswith("by ") or not whitening
-    # Without a word from our own stage the server's NoiseAdjustGadget came before us, as in every pipeline of ours.
-    noise = Noise(whitened=by_scan, source="scan" if by_scan else "none")
+    # Without a word from our own stage the server's NoiseAdjustGadget came before us, as in every pipeline of ours. It
+    # does not tell whether the exam had a noise scan.
+    noise = Noise(whitened=by_scan, source="none" if not by_scan else "scan" if whitening else "upstream")
     filled = [[head for head in one if head["number_of_samples"] > 0] for one in chosen]
     some = next((heads[0] for heads in filled if heads), None)
     if some is None:

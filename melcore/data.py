@@ -45,7 +45,7 @@ class Noise:
     """How the noise of a k-space was treated."""
 
     whitened: bool = False
-    source: Literal["none", "scan", "file", "simulated"] = "none"
+    source: Literal["none", "scan", "file", "simulated", "upstream"] = "none"  #: upstream: a server, if it had a scan
     convention: str = "gadgetron-noiseadjust"  #: complex variance 2 after whitening
     condition_number: float | None = None  #: of the noise covariance before whitening
 
