@@ -44,9 +44,9 @@ def _one_thread():
 
 
 def _meta(text: str) -> dict[str, str]:
-    """Without what is different each time, and without the steps that the server did itself."""
+    """Without what is different each time, and without the steps that the server did: nobody tells of these."""
     found = {e.findtext("name"): e.findtext("value") for e in ElementTree.fromstring(text.encode())}
-    return {k: v for k, v in found.items() if not k.startswith(("MEL_seconds", "MEL_provenance"))}
+    return {k: v for k, v in found.items() if not k.startswith(("MEL_seconds", "MEL_provenance", "MEL_whitened"))}
 
 
 def _own_configuration(pipeline: str) -> str:
