@@ -185,7 +185,7 @@ def collect_series(images: "Sequence[Image]") -> "list[ImageSeries]":
 def summarise(path: Path, pipeline: str, images: "Sequence[Image]", seconds: float) -> dict[str, Any]:
     """What came out, and how."""
     metas = [_attributes(image.meta) for image in images]
-    first = images[0]
+    first, whitened = images[0], metas[0].get("MEL_whitened", "")
     return {
         "output": str(path),
         "pipeline": pipeline,
@@ -194,7 +194,7 @@ def summarise(path: Path, pipeline: str, images: "Sequence[Image]", seconds: flo
         "images": len(images),
         "matrix": [int(size) for size in first.data.shape[1:]],
         "field_of_view_m": [round(float(length) * 1e-3, 9) for length in first.header["field_of_view"][::-1]],
-        "whitened": metas[0].get("MEL_whitened") == "true",
+        "whitened": {"true": True, "false": False}.get(whitened, whitened),
         "quality": {
             name.removeprefix("MEL_quality_"): float(value)
             for name, value in metas[0].items()
@@ -221,7 +221,7 @@ def text_of(summary: dict[str, Any]) -> str:
         f"{summary['images']} image{'s' if summary['images'] > 1 else ''} {matrix} (z, y, x), {view} mm, "
         f"by {paths} ({summary['model'] or summary['pipeline']}) in {summary['seconds']:.1f} s -> {summary['output']}"
     ]
-    if not summary["whitened"]:
+    if summary["whitened"] is False:
         lines.append("no noise scan came before the data: not whitened")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)

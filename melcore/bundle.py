@@ -50,7 +50,8 @@ class Bundle:
     card
         Free, JSON: how the model was trained and what it reached.
     name, digest
-        File name without suffix, and the first 16 hex digits of the content's SHA-256; empty before saving.
+        File name without suffix, and the first 16 hex digits of the content's SHA-256, which a file holds too, so that
+        damage shows; empty before saving.
     """
 
     model: Unrolled
@@ -79,6 +80,7 @@ class Bundle:
             "card": json.dumps(dict(self.card)),
         }
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        metadata["digest"] = _digest(metadata, weights)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -114,6 +116,13 @@ class Bundle:
             raise DataError(
                 f"{path} is a bundle of version {metadata.get('version')}, but this program reads version {VERSION}."
             )
+        stored = metadata.pop("digest", None)  # bundles of the first days have none
+        digest = _digest(metadata, weights)
+        if stored not in (None, digest):
+            raise DataError(
+                f"{path} is damaged: its content has the digest {digest}, but {stored} when it was saved: get the "
+                "bundle again."
+            )
         try:
             architecture = json.loads(metadata["architecture"])
             preparation = Preparation(**json.loads(metadata["preparation"]))
@@ -129,7 +138,7 @@ class Bundle:
                     f"{path} was made for {key} = {value!r}, but this program uses {CONVENTIONS.get(key)!r}."
                 )
         name = path.name.removesuffix(SUFFIX)
-        return cls(model.eval(), architecture, preparation, card, name, _digest(metadata, weights))
+        return cls(model.eval(), architecture, preparation, card, name, digest)
 
 
 def _digest(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:

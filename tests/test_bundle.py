@@ -78,6 +78,7 @@ def rewrite(path: Path, **changes: str) -> None:
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    del metadata["digest"]  # as if another program had written it
     save_file(load_file(path), path, {**metadata, **changes})
 
 
@@ -105,6 +106,17 @@ def test_damaged_file_is_named(bundle: Bundle, tmp_path: Path, keep: int) -> Non
     path = bundle.save(tmp_path / "a.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"a\.safetensors is damaged"):
+        Bundle.load(path)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.7, 0.999])
+def test_a_flipped_bit_in_the_weights_is_damage(bundle: Bundle, tmp_path: Path, place: float) -> None:
+    path = bundle.save(tmp_path / "a.safetensors")
+    content = bytearray(path.read_bytes())
+    first = 8 + int.from_bytes(content[:8], "little")  # of the weights
+    content[first + int(place * (len(content) - first))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.safetensors is damaged: its content has the digest"):
         Bundle.load(path)
 
 
