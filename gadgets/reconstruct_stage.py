@@ -55,6 +55,9 @@ class ReconstructSettings:
         Whether a failed or late learned reconstruction becomes a labelled conventional one.
     partial_fourier
         How conventional methods fill a side of k-space that was not acquired: zero, homodyne or pocs.
+    on_doubt
+        What to do about a network's image that does not fit the data, or data unlike its training's: record it, warn,
+        or give the fallback.
     """
 
     model: str = "none"
@@ -70,6 +73,7 @@ class ReconstructSettings:
     send: Literal["images", "array"] = "images"
     fallback: bool = True
     partial_fourier: Literal["zero", "homodyne", "pocs"] = "zero"
+    on_doubt: Literal["record", "warn", "fallback"] = "warn"
 
     def __post_init__(self) -> None:
         if self.bundle is not None and self.model != "none":
@@ -128,7 +132,7 @@ def make_reconstructor(
     from melcore.preprocess.preparation import Preparation
     from melcore.reconstruct import Reconstructor
 
-    names = ("device", "deadline", "fallback", "partial_fourier")
+    names = ("device", "deadline", "fallback", "partial_fourier", "on_doubt")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if build is None:
         options["map_timeout"] = settings.map_timeout
@@ -199,6 +203,7 @@ def story(result: "Reconstruction", model: str, protocol: str, noise: "Noise") -
         "MEL_model": model,
         "MEL_path_taken": result.path_taken,
         "MEL_warning": "; ".join(filter(None, (result.warning, *result.remarks))),
+        "MEL_doubts": "; ".join(result.doubts),
         "MEL_whitened": "upstream, given a noise scan" if noise.source == "upstream" else f"{noise.whitened}".lower(),
     }
     figures = {"quality": result.quality, "seconds": result.timings}

@@ -1,9 +1,22 @@
-"""Figures that tell whether a reconstruction can be trusted, computed from the data alone."""
+"""Figures that tell whether a reconstruction can be trusted, from the data alone, and the doubts that they raise."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from melcore.physics import Sense
 from melcore.preprocess.preparation import Prepared
+
+# An image that fits the samples this much worse than the start image does shows something else than was measured.
+_WORST_FIT = 1.5
+# Of the signal, within the coil maps.
+_LEAST_IN_MAPS = 0.8
+# How far beyond what a network was trained on it may go: it is local, so the matrix matters least.
+_ACCELERATION_BEYOND, _MATRIX_BEYOND = 1.25, 4.0
+
+_NOISE_VARIANCE = 2.0  # of whitened k-space, complex; see `melcore.preprocess.whitening`
 
 
 def data_residual(image: torch.Tensor, prepared: Prepared) -> float:
@@ -21,6 +34,16 @@ def data_residual(image: torch.Tensor, prepared: Prepared) -> float:
     return float((operator(image) - measured).norm() / measured.norm())
 
 
+def noise_part(prepared: Prepared) -> float | None:
+    """``|noise| / |y|`` that whitened data have: the `data_residual` of a perfect image; None of data not whitened."""
+    noise, data = prepared.k_space.noise, prepared.k_space.data
+    if not noise.whitened or noise.source == "upstream":
+        return None
+    taken = prepared.k_space.mask.expand(data.shape[0], 1, *data.shape[2:]).sum(dim=(1, 2, 3, 4, 5)) * data.shape[1]
+    energy = _NOISE_VARIANCE * (taken / prepared.scale.cpu().square()).sum()
+    return math.sqrt(float(energy)) / float(data.norm())
+
+
 def map_support(prepared: Prepared) -> float:
     """Fraction of the field of view in which the coil maps are not zero; near 0 or 1 it tells of failed maps."""
     return float((prepared.coil_maps.data.abs().sum(2) > 0).float().mean())
@@ -29,3 +52,44 @@ def map_support(prepared: Prepared) -> float:
 def acceleration(prepared: Prepared) -> float:
     """Samples of the full grid for each sample that was taken."""
     return 1.0 / float(prepared.k_space.mask.float().mean())
+
+
+def doubts(figures: Mapping[str, float], prepared: Prepared, card: Mapping[str, Any]) -> list[str]:
+    """Why a network's image should be looked at with suspicion, one line each.
+
+    Parameters
+    ----------
+    figures
+        ``data_residual``, ``start_residual`` (of the start image), ``acceleration`` and ``signal_in_maps``.
+    prepared
+        The data.
+    card
+        Of the network's bundle: it says what the network was trained on. Contrast and field strength are not compared,
+        for simulated training data have none.
+    """
+    found = []
+    fit, start = figures["data_residual"], figures["start_residual"]
+    if fit > _WORST_FIT * start:
+        found.append(f"the image departs from the measurement by {fit:.1%}, the start image by {start:.1%}")
+    if figures["signal_in_maps"] < _LEAST_IN_MAPS:
+        found.append(f"only {figures['signal_in_maps']:.0%} of the signal lies within the coil maps")
+    return found + _beyond_training(figures["acceleration"], prepared, card)
+
+
+def _beyond_training(acceleration: float, prepared: Prepared, card: Mapping[str, Any]) -> list[str]:
+    config = card.get("config", {})
+    data = config.get("data", {})
+    found = []
+    rates = [rate for mask in data.get("masks", []) for rate in mask.get("acceleration") or []]
+    if rates and acceleration > _ACCELERATION_BEYOND * max(rates):
+        found.append(f"the acceleration is {acceleration:.1f}, but the network was trained for {max(rates):g} at most")
+    coils, most = prepared.k_space.data.shape[1], config.get("preparation", {}).get("coils")
+    if "coils" in data:
+        least = min(data["coils"][0], most or data["coils"][0])
+        if coils < least:
+            found.append(f"there are {coils} coils, but the network was trained with {least} at least")
+    for axis, size in zip("zyx", prepared.k_space.data.shape[-3:], strict=True):
+        low, high = data.get(axis, (size, size))
+        if not low / _MATRIX_BEYOND <= size <= high * _MATRIX_BEYOND:
+            found.append(f"the matrix has {size} samples along {axis}, but the network was trained on {low} to {high}")
+    return found

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from melcore.memory import MemoryPlan
 from melcore.physics import LinearOperator, ifft
 from melcore.preprocess.partial_fourier import METHODS, Method, treat_image
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
-from melcore.quality import acceleration, data_residual, map_support
+from melcore.quality import acceleration, data_residual, doubts, map_support, noise_part
 from melcore.unrolled import Encoding
 from melcore.unrolled.planning import plan_inference
 
 Conventional = Literal["cg-sense", "adjoint"]
+OnDoubt = Literal["record", "warn", "fallback"]
 CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
 
 # CG-SENSE with a light quadratic penalty. The best weight differs from scan to scan: benchmarks/quality.py finds it.
@@ -51,6 +52,8 @@ class Reconstruction:
         Why it is not what was asked for, or empty.
     remarks
         What else a reader of the image should know, one line each.
+    doubts
+        Why a network's image was looked at with suspicion; see `melcore.quality.doubts`.
     """
 
     image: Image
@@ -59,6 +62,7 @@ class Reconstruction:
     path_taken: str
     warning: str = ""
     remarks: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -87,6 +91,9 @@ class Reconstructor:
         What conventional methods do about k-space that is one-sided (`melcore.preprocess.partial_fourier`): ``"zero"``
         leaves zeros and remarks on it, ``"homodyne"`` and ``"pocs"`` fill it after parallel imaging. A network knows
         the mask, and is left to fill it. The image's provenance says what was done.
+    on_doubt
+        What to do about a network's image that does not fit the data, or data unlike those of its training
+        (`melcore.quality.doubts`): only ``"record"`` it, ``"warn"`` too, or give the ``"fallback"``.
     map_timeout
         Seconds for the estimation of coil maps, after which it fails; None for no limit but the deadline's.
     cancel
@@ -100,6 +107,7 @@ class Reconstructor:
     fallback: bool = True
     preparation: Preparation | None = None
     partial_fourier: Method = "zero"
+    on_doubt: OnDoubt = "warn"
     map_timeout: float | None = None
     cancel: threading.Event | None = None
     _plans: dict[tuple[int, ...], MemoryPlan] = field(init=False, default_factory=dict)
@@ -114,6 +122,8 @@ class Reconstructor:
             self.bundle = Bundle.load(self.model)
         if self.partial_fourier not in METHODS:
             raise unknown("partial Fourier method", self.partial_fourier, METHODS)
+        if self.on_doubt not in get_args(OnDoubt):
+            raise unknown("answer to doubts", self.on_doubt, get_args(OnDoubt))
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
         if self.device == "auto":
@@ -183,24 +193,42 @@ class Reconstructor:
                 words = "CG-SENSE" if path == "cg-sense" else "the zero-filled image"
                 warning = f"the learned reconstruction failed, this is {words}: {' '.join(str(error).split())}"
                 image = _conventional(prepared, path)
+        quality, found = self._judge(image, prepared, learned=path == "learned")
+        if found and self.on_doubt == "fallback":
+            path, warning = "cg-sense", f"the network's image is in doubt, this is CG-SENSE: {'; '.join(found)}"
+            image = _conventional(prepared, path)
+            quality["data_residual"] = data_residual(image, prepared)
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
         timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
-        quality = {
-            "acceleration": acceleration(prepared),
-            "data_residual": data_residual(image, prepared),
-            "map_support": map_support(prepared),
-            "retained_energy": prepared.retained_energy,
-            "scale": float(prepared.scale.mean()),
-        }
         support = prepared.coil_maps.data.abs().sum(2) > 0
         image = (image * support).cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
         info = k_space.info
         if treated.record:
             info = replace(info, provenance={**info.provenance, "partial_fourier": treated.record})
-        remarks = (treated.record,) if treated.warning else ()
+        remarks = [treated.record] if treated.warning else []
+        if path == "learned" and self.on_doubt == "warn":
+            remarks += found
         timings["total"] = time.perf_counter() - begin
-        return Reconstruction(Image(image, info), quality, timings, path, warning, remarks)
+        return Reconstruction(Image(image, info), quality, timings, path, warning, tuple(remarks), tuple(found))
+
+    def _judge(self, image: Tensor, prepared: Prepared, *, learned: bool) -> tuple[dict[str, float], list[str]]:
+        """Figures of an image, and what is doubtful about it if a network made it."""
+        figures = {
+            "acceleration": acceleration(prepared),
+            "data_residual": data_residual(image, prepared),
+            "map_support": map_support(prepared),
+            "retained_energy": prepared.retained_energy,
+            "scale": float(prepared.scale.mean()),
+            "signal_in_maps": prepared.signal_in_maps,
+        }
+        noise = noise_part(prepared)
+        if noise is not None:
+            figures["noise_part"] = noise
+        if not learned or self.bundle is None:
+            return figures, []
+        figures["start_residual"] = data_residual(prepared.initial, prepared)
+        return figures, doubts(figures, prepared, self.bundle.card)
 
     @contextlib.contextmanager
     def room(self, _shape: Sequence[int]) -> Iterator[None]:

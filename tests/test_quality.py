@@ -1,0 +1,118 @@
+"""Figures of quality mean what they say, and doubtful images are recorded, warned of, or not delivered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from melcore.bundle import Bundle
+from melcore.data import CoilMaps, KSpace, Noise
+from melcore.errors import ConfigError
+from melcore.physics import Sense, fft
+from melcore.preprocess.preparation import prepare
+from melcore.quality import data_residual, noise_part
+from melcore.reconstruct import Reconstructor
+from tests.laws import random
+from tests.test_reconstruct import MATRIX, bundle, disc, exam, smooth_maps
+
+CARD = {
+    "config": {
+        "data": {"coils": [4, 8], "y": [40, 64], "x": [40, 64], "masks": [{"acceleration": [1.5, 4.0]}]},
+        "preparation": {"coils": None},
+    }
+}
+
+
+def known_maps(coils: int = 6) -> CoilMaps:
+    return CoilMaps(smooth_maps(MATRIX, coils), source="known")
+
+
+def whitened(level: float) -> KSpace:
+    """The disc so bright that noise of variance 2, as whitening leaves it, has this part of its amplitude."""
+    quiet = exam(level=0)
+    noise = random(tuple(quiet.data.shape), torch.complex64, seed=8)
+    noise = noise * (2 / noise.abs().square().mean()).sqrt()
+    data = (quiet.data / level + noise) * quiet.mask
+    return replace(quiet, data=data, noise=Noise(whitened=True, source="scan"))
+
+
+def stubborn(card: dict[str, object] | None = None) -> Bundle:
+    """A network that wins over the data: its consistency step trusts the regulariser, which distorts."""
+    made = replace(bundle(), card=card or {})
+    with torch.no_grad():
+        for iteration in made.model.distinct:
+            iteration.log_mu.fill_(9.0)
+            iteration.regulariser.layers[-1].bias.fill_(0.5)
+    return made
+
+
+@pytest.mark.parametrize("level", [0.02, 0.2])
+def test_a_perfect_image_departs_from_the_data_by_their_noise(level: float) -> None:
+    k_space = whitened(level)
+    prepared = prepare(k_space, coil_maps=known_maps())
+    truth = disc(MATRIX) / level / prepared.scale.view(-1, 1, 1, 1, 1, 1)
+    expected = noise_part(prepared)
+    assert expected is not None
+    assert data_residual(truth, prepared) == pytest.approx(expected, rel=0.03)
+
+
+def test_the_noise_is_unknown_unless_the_data_were_whitened() -> None:
+    assert noise_part(prepare(exam(), coil_maps=known_maps())) is None
+    upstream = replace(whitened(0.1), noise=Noise(whitened=True, source="upstream"))
+    assert noise_part(prepare(upstream, coil_maps=known_maps())) is None
+    assert "noise_part" in Reconstructor("cg-sense")(whitened(0.1), known_maps()).quality
+
+
+def test_an_image_that_departs_from_the_data_is_doubted() -> None:
+    k_space, maps = exam(), known_maps()
+    warned = Reconstructor(stubborn())(k_space, maps)
+    assert warned.path_taken == "learned"
+    assert len(warned.doubts) == 1
+    assert "departs from the measurement" in warned.doubts[0]
+    assert warned.remarks == warned.doubts
+    recorded = Reconstructor(stubborn(), on_doubt="record")(k_space, maps)
+    assert (recorded.doubts, recorded.remarks) == (warned.doubts, ())
+    diverted = Reconstructor(stubborn(), on_doubt="fallback")(k_space, maps)
+    assert diverted.path_taken == "cg-sense"
+    assert "in doubt, this is CG-SENSE" in diverted.warning
+    assert torch.equal(diverted.image.data, Reconstructor("cg-sense")(k_space, maps).image.data)
+    assert diverted.quality["data_residual"] < warned.quality["data_residual"]
+
+
+def test_conventional_and_sound_images_are_not_doubted() -> None:
+    for model in ("cg-sense", "adjoint", replace(bundle(), card=CARD)):
+        assert Reconstructor(model)(exam(), known_maps()).doubts == ()
+
+
+def test_data_unlike_the_training_are_named() -> None:
+    trained = replace(bundle(), card=CARD)
+    few = exam(coils=3)
+    found = Reconstructor(trained)(few, known_maps(3)).doubts
+    assert [words for words in found if "3 coils, but the network was trained with 4" in words]
+    dense = {"config": {"data": {"masks": [{"kind": "grid"}, {"acceleration": [1.0, 1.2]}]}}}
+    found = Reconstructor(replace(bundle(), card=dense))(exam(), known_maps()).doubts
+    assert found == ("the acceleration is 1.6, but the network was trained for 1.2 at most",)
+    small = {"config": {"data": {**CARD["config"]["data"], "y": [8, 12]}}}
+    found = Reconstructor(replace(bundle(), card=small))(exam(), known_maps()).doubts
+    assert [words for words in found if "54 samples along y" in words]
+
+
+def test_maps_that_miss_signal_are_doubted() -> None:
+    maps = smooth_maps(MATRIX, 6)
+    maps[..., : MATRIX[2] // 2] = 0
+    found = Reconstructor(bundle())(exam(), CoilMaps(maps, source="half")).doubts
+    assert [words for words in found if "of the signal lies within the coil maps" in words]
+
+
+def test_an_unknown_answer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="record"):
+        Reconstructor("adjoint", on_doubt="ignore")  # type: ignore[arg-type]
+
+
+def test_the_operator_of_the_figures_is_the_data() -> None:
+    k_space = exam(level=0)
+    prepared = prepare(k_space, coil_maps=known_maps())
+    truth = disc(MATRIX) / prepared.scale.view(-1, 1, 1, 1, 1, 1)
+    assert data_residual(truth, prepared) < 1e-5
+    whole = Sense(smooth_maps(MATRIX, 6), torch.ones(1, 1, 1, 1, 1, 1))(disc(MATRIX))
+    torch.testing.assert_close(whole, fft(smooth_maps(MATRIX, 6)[:, 0] * disc(MATRIX)), rtol=1e-4, atol=1e-4)
