@@ -89,13 +89,13 @@ def _fails(answer: Answer, *words: str) -> None:
     assert not any(isinstance(message, Image) for message in answer.messages)
 
 
-def _gives(answer: Answer, path_taken: str, warning: str) -> None:
+def _gives(answer: Answer, path_taken: str | tuple[str, ...], warning: str) -> None:
     """One image that says what it is, and why."""
     assert answer.code == 0, answer.log
     image, close = answer.messages
     assert close == Close()
     meta = {e.findtext("name"): e.findtext("value") for e in ElementTree.fromstring(image.meta.encode())}
-    assert meta["MEL_path_taken"] == path_taken
+    assert meta["MEL_path_taken"] in ((path_taken,) if isinstance(path_taken, str) else path_taken)
     assert warning in meta["MEL_warning"]
     assert np.isfinite(image.data).all()
     assert np.ptp(image.data) > 0
@@ -259,13 +259,12 @@ def test_bart_that_dies_or_hangs_or_is_absent_is_told_or_survived(exam, tmp_path
 
 def test_want_of_memory_disk_or_time_is_told_or_survived(exam):
     learned = {"model": "modl_2d"}
+    late = ("root-sum-of-squares", "cg-sense")  # whether BART is stopped in time or ends before
     _all(
         lambda: _gives(
             _run(exam, "reconstruct", config=properties(memory="64KiB", **learned)), "cg-sense", "does not fit"
         ),
-        lambda: _gives(
-            _run(exam, "reconstruct", config=properties(deadline=0.001, **learned)), "root-sum-of-squares", "deadline"
-        ),
+        lambda: _gives(_run(exam, "reconstruct", config=properties(deadline=0.001, **learned)), late, "deadline"),
         # No file may be larger: all that can be done about full disks without filling one.
         lambda: _fails(
             _run(exam, "reconstruct", config=properties(model="none"), shell="ulimit -f 2;"), "cannot be written"
