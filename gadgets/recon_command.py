@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("zero", "homodyne", "pocs"),
         help="how conventional methods fill a side of k-space that is missing (zero is the default)",
     )
+    parser.add_argument(
+        "--on-doubt",
+        choices=("record", "warn", "fallback"),
+        help="about a network's image that does not fit the data, or data unlike its training's (warn is the default)",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
@@ -70,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         "deadline": arguments.deadline,
         "output": arguments.output_type,
         "partial_fourier": arguments.partial_fourier,
+        "on_doubt": arguments.on_doubt,
     }
     overrides = {name: value for name, value in named.items() if value is not None}
     if not arguments.output.absolute().parent.is_dir():

@@ -1,13 +1,17 @@
 """Figures of quality mean what they say, and doubtful images are recorded, warned of, or not delivered."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from melcore.bundle import Bundle
+from melcore.cli import main
 from melcore.data import CoilMaps, KSpace, Noise
 from melcore.errors import ConfigError
+from melcore.io.images import read_images
 from melcore.physics import Sense, fft
 from melcore.preprocess.preparation import prepare
 from melcore.quality import data_residual, noise_part
@@ -116,3 +120,37 @@ def test_the_operator_of_the_figures_is_the_data() -> None:
     assert data_residual(truth, prepared) < 1e-5
     whole = Sense(smooth_maps(MATRIX, 6), torch.ones(1, 1, 1, 1, 1, 1))(disc(MATRIX))
     torch.testing.assert_close(whole, fft(smooth_maps(MATRIX, 6)[:, 0] * disc(MATRIX)), rtol=1e-4, atol=1e-4)
+
+
+def test_doubts_reach_the_meta_data_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A simulated exam of fourfold acceleration, and a network that was trained for twofold."""
+    trained = {"config": {"data": {"masks": [{"acceleration": [1.0, 2.0]}]}}}
+    model = replace(Bundle.load("modl_3d"), card=trained).save(tmp_path / "for2.safetensors")
+    raw, images = str(tmp_path / "exam.h5"), str(tmp_path / "images.h5")
+    assert (
+        main(
+            [
+                "simulate",
+                "-o",
+                raw,
+                "--shape",
+                "40,36,32",
+                "--coils",
+                "4",
+                "--acceleration",
+                "4",
+                "--calibration",
+                "16,16",
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    for policy, path in (("record", "learned"), ("warn", "learned"), ("fallback", "cg-sense")):
+        command = ["recon", raw, "-o", images, "--model", str(model), "--on-doubt", policy, "--json"]
+        assert main(command) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["path_taken"] == [path]
+        assert bool(summary["warnings"]) == (policy != "record")
+        (series,) = read_images(images)
+        assert "trained for 2 at most" in series.metas[0]
