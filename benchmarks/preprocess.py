@@ -41,9 +41,9 @@ from melcore.preprocess.masks import k_space_mask, poisson_disc, variable_densit
 from melcore.preprocess.whitening import noise_covariance, whiten, whitening_matrix
 from melcore.simulate import mrd_text
 from melcore.simulate.coils import coil_maps
-from melcore.simulate.exam import Protocol
 from melcore.simulate.heart import random_cine
 from melcore.simulate.phantom import random_anatomy
+from melcore.simulate.protocol import Protocol
 
 # Matrix (z, y, x), frames, coils, virtual coils.
 CASES = {

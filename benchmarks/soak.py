@@ -41,7 +41,8 @@ from melcore.bundle import Bundle
 from melcore.cli import main as mel
 from melcore.io.mrd import open_raw
 from melcore.preprocess.preparation import Preparation
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 from melcore.unrolled import build
 
 # How often each happens, of 100 exams; the server itself is killed twice, whatever their number.

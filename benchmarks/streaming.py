@@ -319,7 +319,8 @@ def latency(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _exam(folder: Path, case: str, *, small: bool) -> tuple[Path, str]:
-    from melcore.simulate.exam import Protocol, write_exam
+    from melcore.simulate.exam import write_exam
+    from melcore.simulate.protocol import Protocol
 
     shape, frames, coils, acceleration, calibration, *_, little = CASES[case]
     if small:
@@ -409,7 +410,8 @@ def _server(folder: Path) -> Iterator[_Server]:
 def sustained(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Exams per hour, and the memory of the server."""
     from melcore.io.mrd import open_raw
-    from melcore.simulate.exam import Protocol, write_exam
+    from melcore.simulate.exam import write_exam
+    from melcore.simulate.protocol import Protocol
 
     shape, coils = ((1, 48, 40), 3) if options.small else ((1, 128, 128), 8)
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:

@@ -193,7 +193,8 @@ class WarmModels:
 
     def _rehearse(self, name: str, dimensions: str) -> None:
         from melcore.io.mrd import open_raw
-        from melcore.simulate.exam import Protocol, write_exam
+        from melcore.simulate.exam import write_exam
+        from melcore.simulate.protocol import Protocol
 
         if dimensions not in _PIPELINES:
             return

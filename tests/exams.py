@@ -12,7 +12,8 @@ from gadgets.header import parse_header
 from gadgets.messages import Acquisition, Close, ConfigScript, HeaderXml, Message
 from melcore.io.mrd import open_raw, write_raw
 from melcore.io.mrd_types import IS_CALIBRATION, IS_CALIBRATION_AND_IMAGING, IS_NOISE
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 
 #: Small exams of each kind.
 PROTOCOLS = {

@@ -13,7 +13,8 @@ import pytest
 from melcore.bundle import Bundle
 from melcore.cli import main
 from melcore.preprocess.preparation import Preparation
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 from melcore.unrolled import build
 
 PLANE = Protocol(shape=(1, 40, 36), coils=4, acceleration=2, calibration=(1, 16), seed=3)

@@ -35,7 +35,8 @@ from melcore.io.bart import (
 from melcore.io.load import load_k_space
 from melcore.physics import Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 from tests.cases import centred_fft, coil_images, random_complex
 
 

@@ -18,7 +18,8 @@ from melcore.io.mrd_types import IS_NOISE, Waveform, has_flag
 from melcore.io.transform import compress_file, whiten_file
 from melcore.physics.fourier import ifft
 from melcore.preprocess import compression
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 from tests.cases import centred_fft, coil_images, header_xml, random_complex, readout
 
 COILS = 6

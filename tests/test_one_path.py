@@ -12,7 +12,8 @@ from gadgets.reconstruct_stage import to_k_space
 from melcore.data import KSpace
 from melcore.io.load import load_k_space
 from melcore.io.mrd import open_raw
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 from tests.cases import shared
 from tests.laws import relative
 

@@ -12,7 +12,8 @@ from gadgets.chain import build_chain, run_chain
 from gadgets.serve_command import PORT
 from melcore.io.images import read_images
 from melcore.io.mrd import open_raw, write_raw
-from melcore.simulate.exam import TRUTH, Protocol, write_exam
+from melcore.simulate.exam import TRUTH, write_exam
+from melcore.simulate.protocol import Protocol
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 EXECUTED = sorted(PIPELINES.glob("*.xml"))

@@ -42,7 +42,8 @@ from melcore.cli import main
 from melcore.cli.doctor import PORT
 from melcore.errors import ConfigError
 from melcore.io.images import read_images
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ from gadgets.warm_models import WarmModels
 from melcore.cli import main
 from melcore.io.images import read_images
 from melcore.io.mrd import open_raw
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 
 # Does what a file beside it says, instead of being BART.
 _BART = """#!/bin/sh

@@ -20,12 +20,13 @@ from melcore.physics.fourier import ifft
 from melcore.preprocess.whitening import noise_covariance, whiten, whitening_matrix
 from melcore.simulate.acquisition import scale_to_snr, simulate_k_space
 from melcore.simulate.coils import coil_maps
-from melcore.simulate.exam import TRUTH, Protocol, write_exam
+from melcore.simulate.exam import TRUTH, write_exam
 from melcore.simulate.fields import RandomField, inside
 from melcore.simulate.heart import random_cine
 from melcore.simulate.motion import contract, contraction
 from melcore.simulate.noise import complex_noise, correlated_noise, random_noise_covariance
 from melcore.simulate.phantom import random_anatomy
+from melcore.simulate.protocol import Protocol
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 

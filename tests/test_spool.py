@@ -44,7 +44,8 @@ from melcore.io.images import read_images
 from melcore.io.mrd import open_raw
 from melcore.io.mrd_types import IS_NOISE, LAST_IN_MEASUREMENT
 from melcore.reconstruct import DeadlineExceededError, Reconstruction
-from melcore.simulate.exam import Protocol, write_exam
+from melcore.simulate.exam import write_exam
+from melcore.simulate.protocol import Protocol
 
 HEADER = HeaderXml(header_xml((1, 12, 10), 3).encode())
 

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Simulate and write."""
-    from melcore.simulate.exam import Protocol, write_exam
+    from melcore.simulate.exam import write_exam
+    from melcore.simulate.protocol import Protocol
 
     flat = arguments.slices or arguments.shape[0] == 1
     cine = arguments.time > 1

@@ -1,18 +1,14 @@
 """The XML header of simulated exams (ISMRMRD schema, version 15)."""
 
-from typing import TYPE_CHECKING
-
 from melcore.preprocess.whitening import RELATIVE_BANDWIDTH
-
-if TYPE_CHECKING:
-    from melcore.simulate.exam import Protocol
+from melcore.simulate.protocol import Protocol
 
 REPETITION_TIME = 5e-3  #: between two lines, in s
 CYCLE = 0.8  #: of the heart, in s
 _FREQUENCY = 123_249_940  # of protons at 2.89 T, in Hz
 
 
-def header(protocol: "Protocol") -> str:
+def header(protocol: Protocol) -> str:
     """Header of an exam with this protocol."""
     z, y, x = protocol.shape
     depth = z if protocol.volume else 1
@@ -86,7 +82,7 @@ def _space(matrix: tuple[int, int, int], size: tuple[float, float, float]) -> st
     )
 
 
-def _parallel_imaging(protocol: "Protocol") -> str:
+def _parallel_imaging(protocol: Protocol) -> str:
     """Whole numbers, as the standard wants; of scans without calibration lines nothing, as Gadgetron wants."""
     if not protocol.calibrated:
         return ""
