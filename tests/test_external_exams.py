@@ -44,9 +44,13 @@ def _one_thread():
 
 
 def _meta(text: str) -> dict[str, str]:
-    """Without what is different each time, and without the steps that the server did: nobody tells of these."""
+    """Without what is different each time, and without the steps that the server did: nobody tells of these.
+
+    Nor is it known then how much of the data is noise.
+    """
     found = {e.findtext("name"): e.findtext("value") for e in ElementTree.fromstring(text.encode())}
-    return {k: v for k, v in found.items() if not k.startswith(("MEL_seconds", "MEL_provenance", "MEL_whitened"))}
+    apart = ("MEL_seconds", "MEL_provenance", "MEL_whitened", "MEL_quality_noise_part")
+    return {k: v for k, v in found.items() if not k.startswith(apart)}
 
 
 def _own_configuration(pipeline: str) -> str:
