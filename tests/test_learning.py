@@ -8,7 +8,18 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from melcore.errors import ConfigError, ShapeError
-from melcore.learning import ReconstructionLoss, decibels, nrmse, psnr, relative_l1, relative_l2, ssim, ssim_map
+from melcore.learning import (
+    ReconstructionLoss,
+    decibels,
+    hfen,
+    nrmse,
+    object_region,
+    psnr,
+    relative_l1,
+    relative_l2,
+    ssim,
+    ssim_map,
+)
 
 
 def _pair(*shape: int, seed: int = 0, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +76,7 @@ def test_nrmse_counts_phase_and_ignores_scale() -> None:
     np.testing.assert_allclose(decibels(nrmse(truth * 1.1, truth)), -20, atol=1e-9)
 
 
-@pytest.mark.parametrize("metric", [nrmse, psnr, ssim])
+@pytest.mark.parametrize("metric", [nrmse, psnr, ssim, hfen])
 def test_what_lies_outside_the_support_does_not_count(metric) -> None:  # type: ignore[no-untyped-def]
     image, truth = _pair(2, 1, 1, 1, 40, 24)
     support = torch.zeros(2, 1, 1, 1, 40, 24, dtype=torch.bool)
@@ -121,3 +132,44 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ConfigError, match="weights"):
         ReconstructionLoss(1, -1, 0)
     assert math.isfinite(float(ReconstructionLoss()(image, truth)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimensions"), [((1, 37, 23), 2), ((13, 17, 15), 3), ((3, 29, 18), 2), ((1, 9, 4), 3)]
+)
+def test_hfen_is_the_norm_that_a_laplacian_of_a_gaussian_leaves(shape: tuple[int, ...], dimensions: int) -> None:
+    from scipy.ndimage import gaussian_laplace
+
+    image, truth = _pair(2, 1, 2, *shape, noise=0.4)
+    axes = tuple(axis for axis in range(-dimensions, 0) if shape[axis] > 1)
+    a, b = (
+        gaussian_laplace(part.abs().numpy(), 1.5, mode="reflect", truncate=7 / 1.5, axes=axes)
+        for part in (image, truth)
+    )
+    expected = [np.linalg.norm(a[n] - b[n]) / np.linalg.norm(b[n]) for n in range(2)]
+    np.testing.assert_allclose(hfen(image, truth, dimensions=dimensions).numpy(), expected, atol=1e-10)
+
+
+def test_hfen_sees_lost_edges_and_not_lost_brightness() -> None:
+    truth = torch.zeros(1, 1, 1, 1, 48, 40, dtype=torch.complex64)
+    truth[..., 12:30, 10:28] = 1j
+    offset = truth + 0.3j  # every sample is wrong, no edge is
+    blurred = torch.view_as_complex(
+        torch.nn.functional.avg_pool2d(torch.view_as_real(truth)[0, 0, 0].movedim(-1, 1), 5, 1, 2)
+        .movedim(1, -1)
+        .contiguous()
+    )[None, None, None]
+    assert float(nrmse(offset, truth)) > float(nrmse(blurred, truth))
+    assert float(hfen(offset, truth)) < 1e-3 < 0.3 < float(hfen(blurred, truth)) < 1
+
+
+def test_the_object_is_found_in_noise() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth = 0.02 * torch.randn(1, 1, 3, 1, 60, 50, dtype=torch.complex64, generator=generator)
+    inside = torch.zeros(1, 1, 1, 1, 60, 50, dtype=torch.bool)
+    inside[..., 15:45, 12:37] = True
+    found = object_region(truth + inside, 0.1)
+    assert found.shape == inside.shape
+    assert bool(found[inside].all())
+    assert float((found & ~inside).sum() / inside.sum()) < 0.35  # smoothing widens it by two samples or so
+    assert bool((found == object_region(1e-6 * (truth + inside), 0.1)).all())
