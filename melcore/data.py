@@ -3,6 +3,7 @@
 The axes are those of `melcore.layout`; lengths are in m, times in s, fields in T, frequencies in Hz.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,12 +43,25 @@ class ScanInfo:
 
 @dataclass(frozen=True)
 class Noise:
-    """How the noise of a k-space was treated."""
+    """How the noise of a k-space was treated.
+
+    Attributes
+    ----------
+    source
+        Of what is known of the noise. ``"upstream"``: a server, if it had a scan. ``"estimated"``: the data themselves
+        (`melcore.preprocess.noise_level`).
+    condition_number
+        Of the noise covariance before whitening.
+    level
+        Standard deviation of the complex noise of white data, in their units: one for all, or one for each element of
+        the batch. Whitening by a noise scan gives the root of 2 (Gadgetron's convention).
+    """
 
     whitened: bool = False
-    source: Literal["none", "scan", "file", "simulated", "upstream"] = "none"  #: upstream: a server, if it had a scan
-    convention: str = "gadgetron-noiseadjust"  #: complex variance 2 after whitening
-    condition_number: float | None = None  #: of the noise covariance before whitening
+    source: Literal["none", "scan", "file", "simulated", "upstream", "estimated"] = "none"
+    convention: str = "gadgetron-noiseadjust"  #: complex variance 2 after whitening by a noise scan
+    condition_number: float | None = None
+    level: tuple[float, ...] = (math.sqrt(2),)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ _LEAST_IN_MAPS = 0.8
 # How far beyond what a network was trained on it may go: it is local, so the matrix matters least.
 _ACCELERATION_BEYOND, _MATRIX_BEYOND = 1.25, 4.0
 
-_NOISE_VARIANCE = 2.0  # of whitened k-space, complex; see `melcore.preprocess.whitening`
-
 
 def data_residual(image: torch.Tensor, prepared: Prepared) -> float:
     """``|A x - y| / |y|`` over the samples: how far the image is from the measurement, noise included.
@@ -34,13 +32,11 @@ def data_residual(image: torch.Tensor, prepared: Prepared) -> float:
     return float((operator(image) - measured).norm() / measured.norm())
 
 
-def noise_part(prepared: Prepared) -> float | None:
-    """``|noise| / |y|`` that whitened data have: the `data_residual` of a perfect image; None of data not whitened."""
-    noise, data = prepared.k_space.noise, prepared.k_space.data
-    if not noise.whitened or noise.source == "upstream":
-        return None
+def noise_part(prepared: Prepared) -> float:
+    """``|noise| / |y|`` of the data: the `data_residual` of a perfect image."""
+    data = prepared.k_space.data
     taken = prepared.k_space.mask.expand(data.shape[0], 1, *data.shape[2:]).sum(dim=(1, 2, 3, 4, 5)) * data.shape[1]
-    energy = _NOISE_VARIANCE * (taken / prepared.scale.cpu().square()).sum()
+    energy = (taken * prepared.sigma.cpu().square()).sum()
     return math.sqrt(float(energy)) / float(data.norm())
 
 

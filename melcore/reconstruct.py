@@ -26,9 +26,6 @@ Conventional = Literal["cg-sense", "adjoint"]
 OnDoubt = Literal["record", "warn", "fallback"]
 CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
 
-# CG-SENSE with a light quadratic penalty. The best weight differs from scan to scan: benchmarks/quality.py finds it.
-_CG_ITERATIONS, _CG_WEIGHT = 30, 0.02
-
 
 class DeadlineExceededError(MelError, TimeoutError):
     """The learned reconstruction would have come too late."""
@@ -180,9 +177,9 @@ class Reconstructor:
         path, warning = "learned", ""
         if self.bundle is None:
             path = str(self.model)
-            image = _conventional(prepared, self.model)
+            image = _conventional(prepared, self.model, settings)
         else:
-            spare = _seconds_of_cg_sense(prepared) if self.deadline is not None else 0.0
+            spare = _seconds_of_cg_sense(prepared, settings.start_iterations) if self.deadline is not None else 0.0
             try:
                 image = self._learned(self.bundle, prepared, begin, spare)
             except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
@@ -192,11 +189,11 @@ class Reconstructor:
                 path = "adjoint" if self._late(begin, spare) and not self._late(begin) else "cg-sense"
                 words = "CG-SENSE" if path == "cg-sense" else "the zero-filled image"
                 warning = f"the learned reconstruction failed, this is {words}: {' '.join(str(error).split())}"
-                image = _conventional(prepared, path)
+                image = _conventional(prepared, path, settings)
         quality, found = self._judge(image, prepared, learned=path == "learned")
         if found and self.on_doubt == "fallback":
             path, warning = "cg-sense", f"the network's image is in doubt, this is CG-SENSE: {'; '.join(found)}"
-            image = _conventional(prepared, path)
+            image = _conventional(prepared, path, settings)
             quality["data_residual"] = data_residual(image, prepared)
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
@@ -261,9 +258,10 @@ class Reconstructor:
                 operator: LinearOperator = part.operator().to(self.device)
                 if self.deadline is not None or self.cancel is not None:
                     operator = _Watched(operator, lambda: self._check_time(begin, spare))
-                bundle.model.memory = self._plan(part)
-                encoding = Encoding(operator, operator.adjoint(part.k_space.data.to(self.device)))
-                images.append(bundle.model.refine(encoding, part.initial.to(self.device)).cpu())
+                adjoint_data = operator.adjoint(part.k_space.data.to(self.device))
+                encoding = Encoding(operator, adjoint_data, part.sigma.to(self.device))
+                image = bundle.model.refine(encoding, part.initial.to(self.device), memory=self._plan(part))
+                images.append(image.cpu())
         image = torch.cat(images)
         if not bool(torch.isfinite(torch.view_as_real(image)).all()):
             raise DataError("the network's image is not finite")
@@ -328,12 +326,10 @@ def _check_dimensions(bundle: Bundle, k_space: KSpace) -> None:
         )
 
 
-def _conventional(prepared: Prepared, method: object) -> Tensor:
+def _conventional(prepared: Prepared, method: object, settings: Preparation) -> Tensor:
     if method == "adjoint":
         return prepared.operator().adjoint(prepared.k_space.data)
-    return start_image(
-        prepared.k_space, prepared.coil_maps, from_average=False, iterations=_CG_ITERATIONS, weight=_CG_WEIGHT
-    )
+    return start_image(prepared.k_space, prepared.coil_maps, prepared.sigma, replace(settings, start="zero"))
 
 
 def _element(prepared: Prepared, index: int) -> Prepared:
@@ -342,17 +338,24 @@ def _element(prepared: Prepared, index: int) -> Prepared:
     mask = prepared.k_space.mask
     k_space = replace(prepared.k_space, data=prepared.k_space.data[one], mask=mask if mask.shape[0] == 1 else mask[one])
     maps = replace(prepared.coil_maps, data=prepared.coil_maps.data[one])
-    return replace(prepared, k_space=k_space, coil_maps=maps, initial=prepared.initial[one], scale=prepared.scale[one])
+    return replace(
+        prepared,
+        k_space=k_space,
+        coil_maps=maps,
+        initial=prepared.initial[one],
+        scale=prepared.scale[one],
+        sigma=prepared.sigma[one],
+    )
 
 
-def _seconds_of_cg_sense(prepared: Prepared) -> float:
+def _seconds_of_cg_sense(prepared: Prepared, iterations: int) -> float:
     """How long CG-SENSE will take, from one application of its operator."""
     operator = prepared.operator()
     with torch.no_grad():
         operator.normal(prepared.initial)  # the first time takes longer than any other
         begin = time.perf_counter()
         operator.normal(prepared.initial)
-    return 1.2 * _CG_ITERATIONS * (time.perf_counter() - begin)
+    return 1.2 * iterations * (time.perf_counter() - begin)
 
 
 def _without_maps(k_space: KSpace, seconds: float, error: Exception) -> Reconstruction:

@@ -5,7 +5,7 @@ setting that a model bundle records, so that a network sees at the scanner what 
 """
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -13,13 +13,17 @@ from torch import Tensor
 
 from melcore.data import CoilMaps, KSpace
 from melcore.errors import DataError, ShapeError
-from melcore.physics import Sense, conjugate_gradient
+from melcore.physics import LinearOperator, Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region, signal_within
 from melcore.preprocess.compression import coil_compression_matrix, compress_coils
+from melcore.preprocess.noise_level import whitened_by_estimate
 from melcore.preprocess.scaling import image_scale
 
 # Of the signal. Pure noise has about the fraction of the field of view that the maps cover.
 _LEAST_COVERED = 0.2
+
+_CG_TOLERANCE = 1e-4
+_LEAST_SIGMA = 1e-5  # of data without noise: single precision has no less
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Preparation:
         ``"zero"``: the start image is a short CG-SENSE from zero. ``"time average"``: it begins from, and is drawn
         towards, the average over time; for data that differ little from frame to frame.
     start_iterations, start_weight
-        Steps of conjugate gradients, and weight of the quadratic penalty, of the start image.
+        At most so many steps of conjugate gradients, and weight of the quadratic penalty, of CG-SENSE: of the start
+        image, and of the reconstruction where that is CG-SENSE. By default the weight follows the noise and the
+        acceleration (`cg_sense_weight`).
     """
 
     coils: int | None = None
@@ -52,8 +58,8 @@ class Preparation:
     calibration_size: int | None = None
     map_crop: float = 0.8
     start: Literal["zero", "time average"] = "zero"
-    start_iterations: int = 8
-    start_weight: float = 0.02
+    start_iterations: int = 60
+    start_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,10 @@ class Prepared:
         Fraction of the calibration data's energy that coil compression kept.
     signal_in_maps
         Fraction of the signal that lies where the coil maps are not zero, at low resolution.
+    sigma
+        Standard deviation of the complex noise of one white sample in units of the scaled image, ``(batch,)``.
+    sigma_source
+        ``"scan"``: known, from a noise scan, a file or a simulation. ``"estimated"``: from the data themselves.
     """
 
     k_space: KSpace
@@ -82,6 +92,8 @@ class Prepared:
     initial: Tensor
     retained_energy: float
     signal_in_maps: float = 1.0
+    sigma: Tensor = field(kw_only=True)
+    sigma_source: Literal["scan", "estimated"] = field(default="scan", kw_only=True)
 
     def operator(self) -> Sense:
         """The encoding operator of these data."""
@@ -97,12 +109,14 @@ def prepare(
     timeout: float | None = None,
     cancel: threading.Event | None = None,
 ) -> Prepared:
-    """Prepare whitened k-space for reconstruction.
+    """Prepare k-space for reconstruction.
+
+    Data that are not white are whitened first, by the noise that is estimated from them.
 
     Parameters
     ----------
     k_space
-        Whitened, without readout oversampling.
+        Without readout oversampling.
     calibration
         Separate calibration data on the same grid; by default the centre of `k_space` itself.
     coil_maps
@@ -121,6 +135,7 @@ def prepare(
         If given maps or calibration data do not fit the k-space.
     """
     _check(k_space, calibration, coil_maps)
+    k_space, calibration = whitened_by_estimate(k_space, calibration, mix=coil_maps is None)
     source = calibration or k_space
     retained = 1.0
     if coil_maps is None:
@@ -154,27 +169,71 @@ def prepare(
             "have holes, or belong to another exam; estimate them again, with a lower crop."
         )
     k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
-    initial = start_image(
-        k_space,
-        coil_maps,
-        from_average=settings.start == "time average",
-        iterations=settings.start_iterations,
-        weight=settings.start_weight,
+    sigma = (torch.tensor(k_space.noise.level, device=scale.device) / scale).to(torch.float32).clamp(min=_LEAST_SIGMA)
+    initial = start_image(k_space, coil_maps, sigma, settings)
+    known: Literal["scan", "estimated"] = "estimated" if k_space.noise.source == "estimated" else "scan"
+    return Prepared(k_space, coil_maps, scale, initial, retained, covered, sigma=sigma, sigma_source=known)
+
+
+def cg_sense_weight(sigma: Tensor, acceleration: float) -> Tensor:
+    """Weight of CG-SENSE's quadratic penalty for images scaled to about 1: that of start images, of the fallback, of
+    the reference in training's loss and of evaluation.
+
+    Parameters
+    ----------
+    sigma
+        Noise of a sample, see `Prepared`; any shape.
+    acceleration
+        Samples of the grid for each sample that was taken, at least 1.
+    """
+    weight = 30 * sigma.square() * min(1.0, 0.3 * acceleration)
+    return weight.clamp(1e-4, 0.5)
+
+
+def cg_sense(
+    operator: LinearOperator,
+    adjoint_data: Tensor,
+    weight: Tensor,
+    *,
+    reference: Tensor | None = None,
+    iterations: int = 60,
+) -> Tensor:
+    """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |x - reference|^2``.
+
+    Parameters
+    ----------
+    operator, adjoint_data
+        ``A``, and ``A^H y``, ``(batch, set, time, z, y, x)``.
+    weight
+        ``(batch,)``, positive; see `cg_sense_weight`.
+    reference
+        Zero by default; it is also where the iterations begin.
+    iterations
+        At most; they end where the residual is small enough.
+    """
+    weight = weight.to(adjoint_data.device).view(-1, *[1] * (adjoint_data.ndim - 1))
+    rhs = adjoint_data if reference is None else adjoint_data + weight * reference
+    solution = conjugate_gradient(
+        lambda v: operator.normal(v) + weight * v,
+        rhs,
+        initial=reference,
+        relative_tolerance=_CG_TOLERANCE,
+        max_iterations=iterations,
     )
-    return Prepared(k_space, coil_maps, scale, initial, retained, covered)
+    return solution.value
 
 
-def start_image(k_space: KSpace, coil_maps: CoilMaps, *, from_average: bool, iterations: int, weight: float) -> Tensor:
-    """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |x - reference|^2``, after some iterations.
+def start_image(k_space: KSpace, coil_maps: CoilMaps, sigma: Tensor, settings: Preparation = Preparation()) -> Tensor:
+    """The image of `cg_sense` that a reconstruction starts from, or falls back to.
 
     Parameters
     ----------
     k_space, coil_maps
         Scaled data, and their maps.
-    from_average
-        The reference is the average over time instead of zero; it is also where the iterations begin.
-    iterations, weight
-        Steps of conjugate gradients, and weight of the penalty (positive).
+    sigma
+        See `Prepared`.
+    settings
+        Its weight and iterations; with ``start="time average"``, the average over time is the reference.
 
     Returns
     -------
@@ -182,19 +241,19 @@ def start_image(k_space: KSpace, coil_maps: CoilMaps, *, from_average: bool, ite
         Image ``(batch, set, time, z, y, x)``.
     """
     operator = Sense(coil_maps.data, k_space.mask, time=k_space.data.shape[2])
-    rhs = operator.adjoint(k_space.data)
+    adjoint_data = operator.adjoint(k_space.data)
+    weight = cg_sense_weight(sigma, sampled_fraction(k_space) ** -1)
+    if settings.start_weight is not None:
+        weight = torch.full_like(sigma, settings.start_weight)
     reference = None
-    if from_average and k_space.data.shape[2] > 1:
-        reference = time_average(k_space, coil_maps).expand_as(rhs)
-        rhs = rhs + weight * reference
-    solution = conjugate_gradient(
-        lambda v: operator.normal(v) + weight * v,
-        rhs,
-        initial=reference,
-        relative_tolerance=1e-5,
-        max_iterations=iterations,
-    )
-    return solution.value
+    if settings.start == "time average" and k_space.data.shape[2] > 1:
+        reference = time_average(k_space, coil_maps).expand_as(adjoint_data)
+    return cg_sense(operator, adjoint_data, weight, reference=reference, iterations=settings.start_iterations)
+
+
+def sampled_fraction(k_space: KSpace) -> float:
+    """Samples that were taken, of those of the full grid."""
+    return float(k_space.mask.float().mean())
 
 
 def time_average(k_space: KSpace, coil_maps: CoilMaps) -> Tensor:

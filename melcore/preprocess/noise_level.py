@@ -1,0 +1,221 @@
+"""The noise of a scan without a noise scan, from its own samples; and whitening by that estimate.
+
+Every candidate below holds noise and whatever signal is left there: each is an upper bound, and the least is taken.
+
+- *Readout*: where the readout is fully sampled, a transform along it separates positions. In windows of 1/16 of the
+  field the outer lines alone are looked at, and of those the median, for they hold the least signal: in the air it is
+  noise, and where the object fills the field it is the least that can be had.
+- *Centre*: the calibration region, tapered, is a small image of every coil, whose corners often are air.
+- *Periphery*: the median of the outermost samples.
+- *Air beside the field*: readers that remove readout oversampling see air at the ends of the field before it is gone,
+  and hand its covariance on (`melcore.data.Noise.beside`).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from melcore.data import KSpace, Noise
+from melcore.physics.fourier import ifft
+from melcore.preprocess.calibration import calibration_region
+from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
+
+_WINDOWS = 16  # along the readout
+_OUTER = 0.5  # of the lines, by their distance from the centre of k-space
+_SMALL = 12  # samples of the calibration region along an axis, below which it resolves no corners
+_LEAST = 32  # samples of a coil behind any estimate
+_SILENT = 1e-8  # a coil whose variance is this far below the others' is dead
+
+
+def estimate_noise(k_space: KSpace, index: int = 0) -> NoiseCovariance | None:
+    """Covariance of the noise of one element of the batch, an upper bound; None where nothing can be said.
+
+    Parameters
+    ----------
+    k_space
+        Not white. Samples that are exactly zero in all coils count as not taken.
+    index
+        Of the element.
+    """
+    data = k_space.data[index]
+    mask = k_space.mask[min(index, len(k_space.mask) - 1)].expand(1, data.shape[1], -1, -1, -1)
+    found = [_along_readout(data, mask), _centre(k_space, index), _periphery(data, mask)]
+    candidates = [one for one in found if one is not None]
+    if not candidates:
+        return None
+    return min(candidates, key=lambda one: _level(one.matrix))
+
+
+def noise_deviation(covariance: NoiseCovariance) -> float:
+    """Standard deviation of the complex noise: the geometric mean over the coils once they are independent."""
+    return math.exp(_level(covariance.matrix) / 2)
+
+
+def whitened_by_estimate(
+    k_space: KSpace, calibration: KSpace | None = None, *, mix: bool = True
+) -> tuple[KSpace, KSpace | None]:
+    """White k-space, from data that are not, by the noise that is estimated from them; white data as they are.
+
+    The units of the data are kept, on average over the coils: their noise has the standard deviation that is told in
+    `Noise.level` then, for every element of the batch.
+
+    Parameters
+    ----------
+    k_space, calibration
+        Of the same coils.
+    mix
+        False leaves the samples as they are, and only tells the level: for coils whose maps are known already.
+    """
+    noise = k_space.noise
+    if noise.whitened and noise.source != "upstream":
+        return k_space, calibration
+    matrices, levels = [], []
+    for index in range(len(k_space.data)):
+        covariance = estimate_noise(k_space, index)
+        level = 0.0 if covariance is None else noise_deviation(covariance)
+        if covariance is None or level == 0:
+            level = math.sqrt(2) if noise.whitened else 1e-3 * float(k_space.data[index].abs().max())
+            covariance = None
+        levels.append(level)
+        matrices.append(None if covariance is None else level * whitening_matrix(covariance, 0.0))
+    if noise.whitened and all(0.7 < level / math.sqrt(2) < 3 for level in levels):
+        return k_space, calibration  # as the server said
+    known = Noise(whitened=True, source="estimated", level=tuple(levels))
+
+    def white(one: KSpace) -> KSpace:
+        if not mix:
+            return replace(one, noise=known)
+        parts = [
+            part if matrix is None else torch.einsum("vc,c...->v...", matrix.to(part), part)
+            for part, matrix in zip(one.data, matrices, strict=True)
+        ]
+        return replace(one, data=torch.stack(parts), noise=known)
+
+    return white(k_space), None if calibration is None else white(calibration)
+
+
+def _level(matrix: Tensor) -> float:
+    """Logarithm of the variance, averaged over the coils that are not silent."""
+    alive = matrix.diagonal().real
+    alive = alive[alive > _SILENT * alive.median()] if bool((alive > 0).any()) else alive[:0]
+    return float(alive.log().mean()) if alive.numel() else -math.inf
+
+
+def _covariance(samples: Tensor) -> NoiseCovariance | None:
+    """Of samples ``(coil, n)``, drawn towards equal and independent coils as far as chance explains their differences.
+
+    A covariance from few samples shades the image by the random gains that it gives the coils (James and Stein,
+    Estimation with quadratic loss, 1961; Schafer and Strimmer, A shrinkage approach to large-scale covariance matrix
+    estimation, 2005).
+    """
+    coils, count = samples.shape
+    samples = samples.to(torch.complex128)
+    if count < _LEAST or not bool(samples.any()):
+        return None
+    matrix = samples @ samples.mH / count
+    variance = matrix.diagonal().real
+    alive = variance > _SILENT * variance.median()
+    logarithms = variance.clamp(min=torch.finfo(variance.dtype).tiny).log()
+    mean = logarithms[alive].mean()
+    spread = (logarithms[alive] - mean).square().sum() / max(int(alive.sum()) - 1, 1)
+    logarithms = mean + max(0.0, 1 - 1 / (count * float(spread) + 1e-12)) * (logarithms - mean)
+    shrunk = torch.where(alive, logarithms.exp(), variance)
+    deviation = variance.sqrt().clamp(min=torch.finfo(variance.dtype).tiny)
+    correlation = matrix / torch.outer(deviation, deviation)
+    between = correlation - torch.diag(correlation.diagonal())
+    chance = coils * (coils - 1) / count
+    share = max(0.0, 1 - chance / (float(between.abs().square().sum()) + 1e-12))
+    deviation = shrunk.sqrt()
+    matrix = (torch.eye(coils, device=matrix.device) + share * between) * torch.outer(deviation, deviation)
+    return NoiseCovariance(matrix, 0.0, count)
+
+
+def _along_readout(data: Tensor, mask: Tensor) -> NoiseCovariance | None:
+    """From positions along a fully sampled readout."""
+    if mask.shape[-1] > 1 and not bool((mask.any(-1) == mask.all(-1)).all()):
+        return None
+    size = data.shape[-1]
+    if size < _WINDOWS:
+        return None
+    lines = mask[0, ..., 0] & data.abs().sum((0, -1)).gt(0)
+    distance = _distance(lines.shape[1:]).expand_as(lines)
+    far = distance[lines].sort().values
+    if not far.numel():
+        return None
+    outer = lines & (distance >= far[int(_OUTER * (len(far) - 1))])
+    hybrid = ifft(data[:, outer], (-1,))  # (coil, line, x)
+    width = size // _WINDOWS
+    windows = hybrid[..., : width * _WINDOWS].unflatten(-1, (_WINDOWS, width))
+    energy = windows.abs().square().sum((0, 3))  # (line, window)
+    return _quietest(windows.permute(2, 0, 1, 3).flatten(2), energy.median(0).values, energy.shape[0])
+
+
+def _quietest(samples: Tensor, energy: Tensor, lines: int) -> NoiseCovariance | None:
+    """From the windows ``(window, coil, n)`` of the least energy ``(window)``: all whose excess may be chance."""
+    tolerance = 1 + 5 / math.sqrt(samples[0].numel())
+    chosen = energy <= tolerance * energy.min()
+    part = samples[chosen].transpose(0, 1)  # (coil, window, n)
+    # Lines that stand out hold signal; half of them are enough.
+    by_line = part.unflatten(2, (lines, -1)).abs().square().sum((0, 1, 3))
+    spread = 1 + 4 / math.sqrt(part.numel() / lines)
+    quiet = by_line <= spread * by_line.median()
+    return _covariance(part.unflatten(2, (lines, -1))[:, :, quiet].flatten(1))
+
+
+def _distance(sizes: Sequence[int]) -> Tensor:
+    """From the centre of k-space, relative to its edge, ``(1, z, y)``."""
+    z, y = ((torch.arange(n) - n // 2).float() / max(n / 2, 1) for n in sizes)
+    return torch.sqrt(z[:, None] ** 2 + y[None] ** 2)[None]
+
+
+def _centre(k_space: KSpace, index: int) -> NoiseCovariance | None:
+    """From the corners of small images of the calibration region, tapered so that the object does not ring there."""
+    data = k_space.data[index : index + 1]
+    mask = k_space.mask[min(index, len(k_space.mask) - 1)][None]
+    region = calibration_region(mask, data.shape)
+    long = [axis for axis, size in zip((-3, -2, -1), region, strict=True) if size >= _SMALL]
+    if not long:
+        return None
+    taken = mask.expand(1, 1, data.shape[2], *mask.shape[3:]).any(2)
+    if mask.shape[2] > 1 and not bool(mask.all(2).any()):
+        return None
+    image, gain = data[0], 1.0
+    for axis, size in zip((-3, -2, -1), region, strict=True):
+        image = image.narrow(axis, image.shape[axis] // 2 - size // 2, size)
+        if axis not in long:
+            continue
+        taper = torch.cos(torch.pi * (torch.arange(size) - (size - 1) / 2) / (size + 1)).square().to(image.device)
+        gain *= float(taper.square().mean())
+        image = image * taper.view(-1, *[1] * (-axis - 1))
+    del taken
+    image = ifft(image, tuple(long)) / math.sqrt(gain)
+    blocks = [_blocks(n, axis in long) for n, axis in zip(image.shape[2:], (-3, -2, -1), strict=True)]
+    best: NoiseCovariance | None = None
+    for z, y, x in itertools.product(*blocks):
+        found = _covariance(image[:, :, z, y, x].flatten(1))
+        if found is not None and (best is None or _level(found.matrix) < _level(best.matrix)):
+            best = found
+    return best
+
+
+def _blocks(size: int, separable: bool) -> list[slice]:
+    """The two ends of an axis, of a sixth each; all of an axis that is too short."""
+    width = size // 6
+    return [slice(0, width), slice(size - width, size)] if separable else [slice(None)]
+
+
+def _periphery(data: Tensor, mask: Tensor) -> NoiseCovariance | None:
+    """From the outermost samples."""
+    taken = (mask[0].expand(data.shape[1:]) & (data.abs().sum(0) > 0)).nonzero()
+    sizes = torch.tensor(data.shape[2:])
+    distance = ((taken[:, 1:] - sizes // 2) / (sizes / 2).clamp(min=1)).square().sum(1)
+    if len(distance) < _LEAST:
+        return None
+    outer = taken[distance.argsort(descending=True)[: max(_LEAST, len(distance) // 10)]]
+    samples = data[:, *outer.T]
+    variance = samples.abs().square().median(1).values.double() / math.log(2)
+    return NoiseCovariance(torch.diag(variance).to(torch.complex128), 0.0, samples.shape[1])
