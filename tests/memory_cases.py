@@ -14,10 +14,10 @@ from melcore.physics import Sense
 from melcore.unrolled import ADMM, Encoding, Iteration, MoDL, ProximalGradient, Unrolled, VarNet
 
 SCHEMES: dict[str, Callable[[Regulariser], Iteration]] = {
-    "modl": lambda network: MoDL(network, mu=0.3, cg_iterations=3),
+    "modl": lambda network: MoDL(network, mu=20.0, cg_iterations=3),
     "proximal_gradient": lambda network: ProximalGradient(network, step=0.8),
     "varnet": lambda network: VarNet(network, step=0.8),
-    "admm": lambda network: ADMM(network, rho=0.3, cg_iterations=2),
+    "admm": lambda network: ADMM(network, rho=20.0, cg_iterations=2),
 }
 
 
@@ -46,7 +46,8 @@ def encoding(matrix: tuple[int, int, int, int], *, batch: int = 1, dtype: torch.
     time, *space = matrix
     mask = random((batch, 1, time, *space[:2], 1), seed=1).real > -0.3
     operator = Sense(random((batch, 1, 2, 1, *space), dtype, seed=2) / 2, mask, time=time)
-    return Encoding(operator, operator.adjoint(random(operator.codomain, dtype, seed=3)))
+    sigma = torch.linspace(0.1, 0.2, batch, dtype=operator.mask.dtype)
+    return Encoding(operator, operator.adjoint(random(operator.codomain, dtype, seed=3)), sigma)
 
 
 def model(
@@ -73,11 +74,10 @@ def gradients(
     made: Unrolled, problem: Encoding, plan: MemoryPlan | None, *, initial: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Result of a step: the image, and the gradient of every parameter and of a differentiable initial image."""
-    made.memory = plan
     made.zero_grad()
     start = problem.adjoint_data if initial is None else initial
     start = start.detach().requires_grad_()
-    image = made.refine(problem, start)
+    image = made.refine(problem, start, memory=plan)
     weights = random(tuple(image.shape), image.dtype, seed=7)
     (image * weights).abs().square().sum().backward()
     found = {"image": image.detach(), "initial": start.grad}

@@ -38,10 +38,9 @@ def measured_peak(made: Unrolled, memory: MemoryPlan, *, time: int = 1, matrix: 
         held = list(made.parameters())
         meter.hold(*held)
         moments = [torch.zeros_like(p) for p in held for _ in range(2)]
-        made.memory = memory
         made.zero_grad()
         meter.restart()
-        image = made.refine(Encoding(operator, data), data)
+        image = made.refine(Encoding(operator, data, torch.tensor([0.1])), data, memory=memory)
         (image - target).abs().square().sum().backward()
         assert moments
         return meter.peak
@@ -183,25 +182,27 @@ def test_every_cheaper_plan_is_lighter_until_there_is_none() -> None:
 
 
 def test_running_out_of_memory_takes_the_next_cheaper_plan() -> None:
-    made = make()
-    made.memory = MemoryPlan((IterationPlan("stream", chunk=16),) * 2 + (IterationPlan("keep"),) * 2)
-    tried = []
+    plan = MemoryPlan((IterationPlan("stream", chunk=16),) * 2 + (IterationPlan("keep"),) * 2)
+    tried, cleared = [], []
 
-    def step() -> float:
-        assert made.memory is not None
-        tried.append(made.memory.iterations)
+    def step(plan: MemoryPlan | None) -> float:
+        assert plan is not None
+        tried.append(plan.iterations)
         if len(tried) < 4:
             raise torch.OutOfMemoryError("not enough")
         return 1.0
 
-    assert retrying(made, step) == 1.0
+    result, found = retrying(plan, step, lambda: cleared.append(1))
+    assert result == 1.0
+    assert found is not None
+    assert found.iterations == tried[-1]
+    assert len(cleared) == 3
     assert [entries[-1].executor for entries in tried] == ["keep", "stream", "stream", "stream"]
     assert tried[-1] != tried[-2]
     smallest = MemoryPlan((IterationPlan("stream", chunk=1, hold_physics=False, states="host"),) * 2)
     assert demoted(smallest) is None
-    made.memory = smallest
     with pytest.raises(MemoryBudgetError, match="even with the cheapest plan"):
-        retrying(made, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        retrying(smallest, lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no")), lambda: None)
 
 
 @pytest.mark.parametrize("entry", PLANS, ids=lambda entry: "-".join(entry.describe()[:2]))

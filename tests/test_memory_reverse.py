@@ -183,8 +183,7 @@ def test_recovered_states_are_within_the_bound(dtype: torch.dtype) -> None:
 
     iteration = lambda: Watched(coupling(), mu=0.3, cg_iterations=60, relative_tolerance=1e-14)  # noqa: E731
     made, problem = make(iteration, dtype=dtype.to_real()), encoding(MATRIX, dtype=dtype)
-    made.memory = plan("store")
-    loss = made.refine(problem, problem.adjoint_data).abs().square().sum()
+    loss = made.refine(problem, problem.adjoint_data, memory=plan("store")).abs().square().sum()
     states = seen[:3]  # what the data consistency before each regulariser but the first starts from
     seen.clear()
     loss.backward()
@@ -231,9 +230,9 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
             operator = Sense(maps, random((1, 1, 1, *matrix[:2], 1), seed=1).real > 0)
             data = random(operator.domain, torch.complex64)
             meter.hold(*made.parameters())
-            made.memory = MemoryPlan.uniform("reverse", count, states=states)
+            entry = MemoryPlan.uniform("reverse", count, states=states)
             meter.restart()
-            made.refine(Encoding(operator, data), data).abs().square().sum().backward()
+            made.refine(Encoding(operator, data, torch.tensor([0.1])), data, memory=entry).abs().square().sum().backward()
         assert recovered(made) == (count - 1 if states == "reverse" else 0)
         return meter.peak
 
@@ -276,10 +275,10 @@ def test_a_retained_graph_goes_back_twice_and_leaves_nothing_behind() -> None:
     parameters = list(made.parameters())
     for bound in (None, 1e-13, 1e-300):
         entry = IterationPlan("store", states="reverse", reversal_bound=bound)
-        made.memory = MemoryPlan((entry,) * 3 + (IterationPlan("store", states="host"),) + (entry,) * 2)
+        both = MemoryPlan((entry,) * 3 + (IterationPlan("store", states="host"),) + (entry,) * 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReversalWarning)
-            loss = made.refine(problem, problem.adjoint_data).abs().sum()
+            loss = made.refine(problem, problem.adjoint_data, memory=both).abs().sum()
             first = torch.autograd.grad(loss, parameters, retain_graph=True)
             second = torch.autograd.grad(loss, parameters)
         assert distance(dict(enumerate(second)), dict(enumerate(first))) < 1e-10  # type: ignore[arg-type]
@@ -401,7 +400,7 @@ def test_a_proximal_step_of_one_leaves_no_trace_to_recover() -> None:
     operator = problem.operator
     assert isinstance(operator, Sense)
     flat = Sense(torch.ones(1, 1, 1, 1, *MATRIX[1:], dtype=torch.complex128), operator.mask)
-    problem = Encoding(flat, problem.adjoint_data)
+    problem = Encoding(flat, problem.adjoint_data, problem.sigma)
     expected = gradients(made, problem, None)
     with warned("behind the physics"):
         assert distance(gradients(made, problem, plan("store")), expected) < 1e-12
@@ -416,14 +415,13 @@ def test_inference_frozen_parameters_and_hooks_are_unaffected() -> None:
     frozen.requires_grad_(False)
     expected = gradients(made, problem, None)
     made.zero_grad()
-    made.memory = plan("reverse")
     with torch.no_grad():
-        assert torch.equal(made.refine(problem, problem.adjoint_data), expected["image"])
+        assert torch.equal(made.refine(problem, problem.adjoint_data, memory=plan("reverse")), expected["image"])
     assert reports(made.iterations) == []
     calls: list[int] = []
     for index, parameter in enumerate(others):
         parameter.register_hook(lambda _, index=index: calls.append(index))
-    loss = made.refine(problem, problem.adjoint_data).abs().square().sum()  # whose start needs no gradient
+    loss = made.refine(problem, problem.adjoint_data, memory=plan("reverse")).abs().square().sum()  # whose start needs no gradient
     loss.backward()
     assert sorted(calls) == list(range(len(others)))
     assert recovered(made) == 3
@@ -435,8 +433,7 @@ def test_inference_frozen_parameters_and_hooks_are_unaffected() -> None:
     results = []
     for memory in (None, plan("store")):
         separate.zero_grad()
-        separate.memory = memory
-        separate.refine(problem, problem.adjoint_data).abs().square().sum().backward()
+        separate.refine(problem, problem.adjoint_data, memory=memory).abs().square().sum().backward()
         results.append({n: p.grad.clone() for n, p in separate.named_parameters() if p.grad is not None})
     assert distance(results[1], results[0]) < 1e-9
 
@@ -446,7 +443,6 @@ def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         made = make(converged(coupling))
-        made.memory = plan("reverse")
         calls: list[str] = []
         for name, parameter in made.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))

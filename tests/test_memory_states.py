@@ -63,8 +63,8 @@ def test_plans_that_contradict_themselves_are_refused() -> None:
 def test_a_second_backward_through_a_retained_graph_is_the_same() -> None:
     network = NETWORKS[0]
     made, problem = model(network.make, count=5), encoding(network.matrix)
-    made.memory = MemoryPlan((IterationPlan("stream", states="slots"),) * 5, slots=2)
-    loss = made.refine(problem, problem.adjoint_data).abs().sum()
+    plan = MemoryPlan((IterationPlan("stream", states="slots"),) * 5, slots=2)
+    loss = made.refine(problem, problem.adjoint_data, memory=plan).abs().sum()
     first = torch.autograd.grad(loss, list(made.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(made.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

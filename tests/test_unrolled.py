@@ -41,7 +41,7 @@ def _gradients(solve: Any, problem: Encoding, mu: float) -> list[Tensor]:
     data = problem.adjoint_data.detach().requires_grad_()
     z = random(tuple(data.shape), seed=11).requires_grad_()
     weight = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
-    x = solve(Encoding(problem.operator, data), z, weight)
+    x = solve(Encoding(problem.operator, data, problem.sigma), z, weight)
     return [
         x.detach(),
         *torch.autograd.grad((x * random(tuple(x.shape), seed=4)).abs().square().sum(), [data, z, weight]),
@@ -72,7 +72,7 @@ def test_elements_that_stop_early_keep_their_gradients(tolerance: float) -> None
     """The two elements of the batch stop after different numbers of iterations."""
     problem = encoding(MATRIX, batch=2)
     data = problem.adjoint_data * torch.tensor([1.0, 1e-3]).view(2, 1, 1, 1, 1, 1)
-    problem = Encoding(problem.operator, data)
+    problem = Encoding(problem.operator, data, problem.sigma)
     expected = _gradients(lambda e, z, w: _reference(e, z, w, tolerance, 30), problem, 0.1)
     found = _gradients(
         lambda e, z, w: data_consistency(
@@ -164,7 +164,7 @@ def test_without_a_learned_part_every_scheme_approaches_least_squares(scheme: st
     problem = encoding((1, 1, 4, 6))
     operator = problem.operator
     truth = operator.adjoint(random(operator.codomain, seed=9))
-    problem = Encoding(operator, operator.normal(truth))
+    problem = Encoding(operator, operator.normal(truth), problem.sigma)
     made = Unrolled.repeat(lambda: SCHEMES[scheme](Identity()), 60).double()
     with torch.no_grad():
         start = torch.zeros_like(truth)
@@ -180,10 +180,9 @@ def test_a_state_dict_restores_a_model_under_any_plan(scheme: str) -> None:
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.add_(1)
-    second.memory = MemoryPlan.uniform("stream", 3)
     second.load_state_dict(first.state_dict())
     problem = encoding(network.matrix)
-    left, right = gradients(first, problem, None), gradients(second, problem, second.memory)
+    left, right = gradients(first, problem, None), gradients(second, problem, MemoryPlan.uniform("stream", 3))
     assert _distance(list(right.values()), list(left.values())) < 1e-12
 
 

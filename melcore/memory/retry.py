@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -15,15 +15,6 @@ T = TypeVar("T")
 
 # Planes of a chunk that cost hardly any time to do with; fewer keep a device less busy.
 _SMALL = 4
-
-
-class HasPlan(Protocol):
-    """A model that runs as its memory plan says."""
-
-    memory: MemoryPlan | None
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
 
 
 def demoted(plan: MemoryPlan) -> MemoryPlan | None:
@@ -56,16 +47,25 @@ def _cheaper(entry: IterationPlan) -> IterationPlan:
     return replace(entry, chunk=max(1, entry.chunk // 2))
 
 
-def retrying(model: HasPlan, step: Callable[[], T]) -> T:
-    """Do a training step; on running out of memory, give the model a cheaper plan and do it again.
+def retrying(
+    plan: MemoryPlan | None, step: Callable[[MemoryPlan | None], T], forget: Callable[[], None]
+) -> tuple[T, MemoryPlan | None]:
+    """Do a training step; on running out of memory, do it again by a cheaper plan.
 
     Parameters
     ----------
-    model
-        Its gradients are cleared before a repetition, its `memory` is replaced for good. Parameters and optimiser keep
-        their state, so `step` must not change them before its backward has ended.
+    plan
+        To begin with.
     step
-        Forward and backward.
+        Forward and backward by a plan. Parameters and optimiser keep their state, so it must not change them before its
+        backward has ended.
+    forget
+        Clears the gradients before a repetition.
+
+    Returns
+    -------
+    tuple
+        What `step` returned, and the plan by which it did so: use it from then on.
 
     Raises
     ------
@@ -74,17 +74,16 @@ def retrying(model: HasPlan, step: Callable[[], T]) -> T:
     """
     while True:
         try:
-            return step()
+            return step(plan), plan
         except torch.OutOfMemoryError as error:
-            plan = model.memory or None
             cheaper = demoted(plan) if plan is not None else None
             if cheaper is None:
                 raise MemoryBudgetError(
                     "a training step does not fit the device's memory, even with the cheapest plan: use a smaller "
                     f"volume, fewer coils, or a larger device ({error})."
                 ) from error
-        model.zero_grad()
-        model.memory = cheaper
+        forget()
+        plan = cheaper
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -48,7 +48,8 @@ def data_consistency(
     adjoint_data
         ``A^H y``, complex ``(batch, ...)``.
     z, mu
-        Where the solution is drawn to, shaped as `adjoint_data`, and how strongly: a positive scalar tensor.
+        Where the solution is drawn to, shaped as `adjoint_data`, and how strongly: a positive tensor, a scalar or one
+        number for each element of the batch, ``(batch, 1, ...)``.
     max_iterations, relative_tolerance
         As for `melcore.physics.conjugate_gradient`.
     gradient
@@ -81,6 +82,12 @@ def _residual(directions: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], in
         return directions[0].clone()
     factor = -rows[index - 1][1]
     return torch.addcmul(directions[index], directions[index - 1], factor.to(directions[index].dtype))
+
+
+def _shaped(gradient: Tensor, mu: Tensor) -> Tensor:
+    """The gradient of a weight from one number for each element of the batch."""
+    total = gradient.sum() if mu.numel() == 1 else gradient
+    return total.reshape(mu.shape).to(mu.dtype)
 
 
 def _refuse_second_derivative() -> None:
@@ -180,7 +187,7 @@ class _Truncated(torch.autograd.Function):
             _add(to_residual, 2 * to_energy, _residual(directions, rows, 0))
         del to_direction
         to_z = ctx.normal(to_residual).neg_().add_(gradient)
-        return to_residual, to_z, to_mu.sum().reshape(mu.shape).to(mu.dtype), None, None, None
+        return to_residual, to_z, _shaped(to_mu, mu), None, None, None
 
 
 class _Implicit(torch.autograd.Function):
@@ -201,7 +208,7 @@ class _Implicit(torch.autograd.Function):
         _refuse_second_derivative()
         mu, z, x = ctx.saved_tensors
         to_rhs = ctx.solve("backward", gradients[0], None)
-        to_mu = inner_product(to_rhs, z - x).sum().reshape(mu.shape).to(mu.dtype)
+        to_mu = _shaped(inner_product(to_rhs, z - x), mu)
         return to_rhs, mu * to_rhs, to_mu, None, None, None
 
 

@@ -43,6 +43,11 @@ class LinearOperator(nn.Module, ABC):
         super().__init__()
         self.domain, self.codomain = tuple(domain), tuple(codomain)
 
+    @property
+    def acceleration(self) -> float:
+        """Samples of the full grid for each sample that is taken; 1 where that has no meaning."""
+        return 1.0
+
     @abstractmethod
     def _forward(self, x: Tensor) -> Tensor: ...
 

@@ -84,7 +84,14 @@ class Sense(LinearOperator):
             coil_maps = coil_maps * ramp
         self._axes = [axis for axis in _SPACE if matrix[axis] > 1]
         self.register_buffer("coil_maps", coil_maps, persistent=False)
+        taken = 0.0 if isinstance(mask, torch._subclasses.FakeTensor) else float((mask != 0).float().mean())
+        self._acceleration = 1 / taken if taken > 0 else 1.0
         self.register_buffer("mask", _without_readout(mask).to(coil_maps.real.dtype), persistent=False)
+
+    @property
+    def acceleration(self) -> float:
+        """Samples of the full grid for each sample that is taken."""
+        return self._acceleration
 
     def _coils(self) -> list[slice]:
         return _groups(self.codomain[1], self.coil_batch)

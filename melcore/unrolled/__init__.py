@@ -6,7 +6,8 @@ from melcore.unrolled.iteration import Encoding, Iteration, State
 from melcore.unrolled.model import Unrolled
 from melcore.unrolled.modl import MoDL
 from melcore.unrolled.planning import plan
+from melcore.unrolled.primal_dual import PrimalDual
 from melcore.unrolled.proximal_gradient import ProximalGradient
 from melcore.unrolled.varnet import VarNet
 
-__all__ = ["ADMM", "Encoding", "Iteration", "MoDL", "ProximalGradient", "State", "Unrolled", "VarNet", "build", "plan"]
+__all__ = ["ADMM", "Encoding", "Iteration", "MoDL", "PrimalDual", "ProximalGradient", "State", "Unrolled", "VarNet", "build", "plan"]

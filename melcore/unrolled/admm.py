@@ -4,28 +4,28 @@ Yang, Sun, Li, Xu, Deep ADMM-Net for compressive sensing MRI, NeurIPS 2016; in t
 Trends Mach Learn 3:1 (2011).
 """
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
 from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
+from melcore.networks.noise_curve import NoiseCurve, weight_of
 
 
 class ADMM(Iteration):
     """``z = regulariser(x + u)``, ``u = u + x - z``, and ``x`` minimises ``|A x - y|^2 + rho |x - z + u|^2``.
 
-    The state is ``(x, u)`` with the scaled dual variable ``u``, which starts at zero.
+    The regulariser works in units of the noise, and ``rho`` follows the noise, as in `melcore.unrolled.MoDL`. The state
+    is ``(x, u)`` with the scaled dual variable ``u``, which starts at zero.
 
     Parameters
     ----------
     regulariser
         The learned proximal step.
     rho
-        Initial penalty, learned as ``exp(log_rho)``.
+        Initial penalty, in squares of the noise level, and at most 1, as `mu` of `melcore.unrolled.MoDL`.
     cg_iterations, relative_tolerance, gradient
         As for `melcore.unrolled.MoDL`; conjugate gradients begin from ``z - u``.
     """
@@ -39,7 +39,7 @@ class ADMM(Iteration):
         self,
         regulariser: Regulariser,
         *,
-        rho: float = 0.05,
+        rho: float = 30.0,
         cg_iterations: int = 10,
         relative_tolerance: float = 0.0,
         gradient: GradientMode = "exact",
@@ -50,30 +50,31 @@ class ADMM(Iteration):
                 f"ADMM needs rho > 0 and cg_iterations >= 1, but got rho={rho}, cg_iterations={cg_iterations}."
             )
         self.regulariser = regulariser
-        self.log_rho = nn.Parameter(torch.tensor(math.log(rho)))
+        self.rho = NoiseCurve(1, lambda sigma: min(rho * sigma**2, 1.0))
         if gradient not in ("exact", "implicit"):
             raise ConfigError(f"gradients of data consistency are exact or implicit, not {gradient!r}.")
         self.cg_iterations, self.relative_tolerance = cg_iterations, relative_tolerance
         self.gradient: GradientMode = gradient
 
-    def start(self, initial: Tensor) -> State:
+    def start(self, initial: Tensor, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.start`."""
         return initial, torch.zeros_like(initial)
 
-    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """See `Iteration.before`."""
         shifted = state[0] + state[1]
-        return shifted, (shifted,)
+        return shifted / encoding.network_unit, (shifted,)
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:
         """See `Iteration.after`."""
-        dual = carry[0] - regularised
-        target = regularised - dual
+        z = regularised * encoding.network_unit
+        dual = carry[0] - z
+        target = z - dual
         x = data_consistency(
             encoding.operator.normal,
             encoding.adjoint_data,
             target,
-            self.log_rho.exp(),
+            weight_of(self.rho, encoding.sigma),
             max_iterations=self.cg_iterations,
             relative_tolerance=self.relative_tolerance,
             gradient=self.gradient,

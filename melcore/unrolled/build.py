@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from melcore.errors import ConfigError, unknown
-from melcore.networks import CouplingCNN, Regulariser, ResidualCNN, SpaceTimeCNN, UNet
+from melcore.networks import CouplingCNN, Regulariser, ResidualCNN, SpaceTimeCNN, UNet, shrinkages
 from melcore.unrolled.admm import ADMM
 from melcore.unrolled.iteration import Iteration
 from melcore.unrolled.model import Unrolled
 from melcore.unrolled.modl import MoDL
+from melcore.unrolled.primal_dual import PrimalDual
 from melcore.unrolled.proximal_gradient import ProximalGradient
 from melcore.unrolled.varnet import VarNet
 
@@ -22,9 +23,12 @@ REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {
 SCHEMES: Mapping[str, Callable[..., Iteration]] = {
     "admm": ADMM,
     "modl": MoDL,
+    "primal_dual": PrimalDual,
     "proximal_gradient": ProximalGradient,
     "varnet": VarNet,
 }
+
+_SHRINKAGE = "shrinkage"
 
 
 def build(architecture: Mapping[str, Any]) -> Unrolled:
@@ -35,7 +39,8 @@ def build(architecture: Mapping[str, Any]) -> Unrolled:
     architecture
         ``scheme`` (a name in `SCHEMES`), ``iterations``, ``shared`` (one set of weights for all iterations; default
         true), ``regulariser`` with its ``name`` (in `REGULARISERS`), and whatever keyword options the scheme and the
-        regulariser take.
+        regulariser take. The scheme ``primal_dual`` goes with the regulariser ``shrinkage``, whose options are those of
+        `melcore.networks.shrinkages`.
 
     Raises
     ------
@@ -58,6 +63,19 @@ def build(architecture: Mapping[str, Any]) -> Unrolled:
     if not isinstance(description, Mapping) or "name" not in description:
         raise ConfigError(f"the model needs a regulariser with a name, one of {', '.join(sorted(REGULARISERS))}.")
     inner = dict(description)
+    if (scheme is PrimalDual) != (inner["name"] == _SHRINKAGE):
+        raise ConfigError(
+            f"the scheme primal_dual and the regulariser {_SHRINKAGE} belong together, but the model has the scheme "
+            f"{architecture.get('scheme', 'modl')!r} and the regulariser {inner['name']!r}."
+        )
+    if scheme is PrimalDual:
+        del inner["name"]
+        return Unrolled(
+            [
+                _call(PrimalDual, options, "scheme option", step)
+                for step in _call(shrinkages, inner, "regulariser option", count)
+            ]
+        )
     regulariser = _choose(REGULARISERS, inner.pop("name"), "regulariser")
     return Unrolled.repeat(
         lambda: _call(scheme, options, "scheme option", _call(regulariser, inner, "regulariser option")),

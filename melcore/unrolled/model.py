@@ -1,6 +1,7 @@
-"""The unrolled model: iterations in a row, with a memory plan around them."""
+"""The unrolled model: iterations in a row, executed as a memory plan says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,11 @@ class Unrolled(nn.Module):
     Parameters
     ----------
     iterations
-        One for each pass. The same object may stand several times: then its weights are shared.
-    memory
-        How the iterations are executed in training; None is plain automatic differentiation. It may be replaced at any
-        time: plans change memory and time, never results.
+        One for each pass. The same object may stand several times: then its weights are shared. So are those of a
+        module that several iterations hold; both stand once in the state dict.
     """
 
-    def __init__(self, iterations: Sequence[Iteration], *, memory: MemoryPlan | None = None) -> None:
+    def __init__(self, iterations: Sequence[Iteration]) -> None:
         super().__init__()
         if not iterations:
             raise ConfigError("an unrolled model needs at least one iteration.")
@@ -30,7 +29,8 @@ class Unrolled(nn.Module):
         distinct = list(dict.fromkeys(iterations))
         self.distinct = nn.ModuleList(distinct)
         self.order = tuple(distinct.index(iteration) for iteration in iterations)
-        self.memory = memory
+        self.register_state_dict_post_hook(_drop_duplicates)
+        self.register_load_state_dict_pre_hook(_add_duplicates)
 
     @classmethod
     def repeat(cls, make: Callable[[], Iteration], count: int, *, shared: bool = True) -> "Unrolled":
@@ -42,7 +42,15 @@ class Unrolled(nn.Module):
         """The iterations in the order of execution."""
         return [self.distinct[index] for index in self.order]  # type: ignore[misc]
 
-    def forward(self, k_space: Tensor, operator: LinearOperator, *, initial: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        k_space: Tensor,
+        operator: LinearOperator,
+        *,
+        sigma: Tensor,
+        initial: Tensor | None = None,
+        memory: MemoryPlan | None = None,
+    ) -> Tensor:
         """Reconstruct.
 
         Parameters
@@ -51,18 +59,23 @@ class Unrolled(nn.Module):
             ``(batch, coil, time, z, y, x)``, scaled so that the image is of order one.
         operator
             The encoding, for example `melcore.physics.Sense`.
+        sigma
+            Noise level ``(batch,)``; see `melcore.unrolled.Encoding`.
         initial
             Image to begin from, ``(batch, set, time, z, y, x)``; by default the adjoint of the data.
+        memory
+            How the iterations are executed; None is plain automatic differentiation. Plans change memory and time,
+            never results.
 
         Returns
         -------
         Tensor
             Image ``(batch, set, time, z, y, x)``.
         """
-        encoding = Encoding(operator, operator.adjoint(k_space))
-        return self.refine(encoding, encoding.adjoint_data if initial is None else initial)
+        encoding = Encoding(operator, operator.adjoint(k_space), sigma)
+        return self.refine(encoding, encoding.adjoint_data if initial is None else initial, memory=memory)
 
-    def refine(self, encoding: Encoding, initial: Tensor) -> Tensor:
+    def refine(self, encoding: Encoding, initial: Tensor, *, memory: MemoryPlan | None = None) -> Tensor:
         """Reconstruct from an encoding whose adjoint data are known; see `forward`."""
         if initial.shape != encoding.adjoint_data.shape:
             raise ShapeError(
@@ -70,5 +83,26 @@ class Unrolled(nn.Module):
                 f"{tuple(encoding.adjoint_data.shape)} differ in shape."
             )
         iterations = self.iterations
-        state = iterations[0].start(initial)
-        return run(iterations, state, encoding, self.memory)[0]
+        state = iterations[0].start(initial, encoding)
+        return run(iterations, state, encoding, memory)[0]
+
+
+def _duplicates(model: nn.Module) -> Mapping[str, str]:
+    """Names under which a parameter stands again, with the name under which it stands first."""
+    first: dict[int, str] = {}
+    again = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            again[name] = first[id(parameter)]
+    return again
+
+
+def _drop_duplicates(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    for name in _duplicates(model):
+        state.pop(prefix + name, None)
+
+
+def _add_duplicates(model: nn.Module, state: dict[str, Any], prefix: str, *_others: object) -> None:
+    for name, original in _duplicates(model).items():
+        if prefix + original in state:
+            state[prefix + name] = state[prefix + original]

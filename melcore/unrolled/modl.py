@@ -4,26 +4,27 @@ Aggarwal, Mani, Jacob: MoDL: model-based deep learning architecture for inverse 
 (2019).
 """
 
-import math
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
 from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
+from melcore.networks.noise_curve import NoiseCurve, weight_of
 
 
 class MoDL(Iteration):
-    """``z = regulariser(x)``, then ``x`` minimises ``|A x - y|^2 + mu |x - z|^2``, begun from ``z``.
+    """``z = unit * regulariser(x / unit)``, then ``x`` minimises ``|A x - y|^2 + mu |x - z|^2``, begun from ``z``.
+
+    The unit follows the noise (`Encoding.network_unit`), and so does ``mu``, by a learned curve.
 
     Parameters
     ----------
     regulariser
         The learned part.
     mu
-        Initial weight of the regulariser, learned as ``exp(log_mu)``, so that it stays positive.
+        Initial weight of the regulariser, in squares of the noise level, and at most 1: the curve that is learned
+        begins as ``min(mu * sigma**2, 1)``.
     cg_iterations
         At most so many steps of conjugate gradients.
     relative_tolerance
@@ -39,7 +40,7 @@ class MoDL(Iteration):
         self,
         regulariser: Regulariser,
         *,
-        mu: float = 0.05,
+        mu: float = 30.0,
         cg_iterations: int = 10,
         relative_tolerance: float = 0.0,
         gradient: GradientMode = "exact",
@@ -50,28 +51,23 @@ class MoDL(Iteration):
                 f"MoDL needs mu > 0 and cg_iterations >= 1, but got mu={mu}, cg_iterations={cg_iterations}."
             )
         self.regulariser = regulariser
-        self.log_mu = nn.Parameter(torch.tensor(math.log(mu)))
+        self.mu = NoiseCurve(1, lambda sigma: min(mu * sigma**2, 1.0))
         if gradient not in ("exact", "implicit"):
             raise ConfigError(f"gradients of data consistency are exact or implicit, not {gradient!r}.")
         self.cg_iterations, self.relative_tolerance = cg_iterations, relative_tolerance
         self.gradient: GradientMode = gradient
 
-    @property
-    def mu(self) -> Tensor:
-        """Weight of the regulariser, positive."""
-        return self.log_mu.exp()
-
-    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """See `Iteration.before`."""
-        return state[0], ()
+        return state[0] / encoding.network_unit, ()
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.after`."""
         x = data_consistency(
             encoding.operator.normal,
             encoding.adjoint_data,
-            regularised,
-            self.mu,
+            regularised * encoding.network_unit,
+            weight_of(self.mu, encoding.sigma),
             max_iterations=self.cg_iterations,
             relative_tolerance=self.relative_tolerance,
             gradient=self.gradient,
@@ -80,9 +76,9 @@ class MoDL(Iteration):
 
     def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.undo_before`."""
-        return (x,)
+        return (x * encoding.network_unit,)
 
     def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """``z = x + (A^H A x - A^H y) / mu``, right if conjugate gradients converged: off by their residual over mu."""
         z = encoding.operator.normal(state[0]) - encoding.adjoint_data
-        return z.div_(self.mu).add_(state[0]), ()
+        return z.div_(weight_of(self.mu, encoding.sigma)).add_(state[0]).div_(encoding.network_unit), ()

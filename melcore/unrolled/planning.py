@@ -45,7 +45,7 @@ def costs(
     fixed = parameters * (2 + _OPTIMISER_STATES) + buffers + images
     iterations = twin.iterations
     known = {"fourier_cost": fourier_cost, "convolution": convolution}
-    return Costs(iterations, encoding, iterations[0].start(data), fixed=fixed, **known)  # type: ignore[arg-type]
+    return Costs(iterations, encoding, iterations[0].start(data, encoding), fixed=fixed, **known)  # type: ignore[arg-type]
 
 
 def _fake_problem(
@@ -72,7 +72,8 @@ def _fake_problem(
     mask = torch.empty((batch, 1, time, z, y, 1 if sampled_readout else x), dtype=real)
     operator = Sense(maps, mask, time=time, coil_batch=None if sampled_readout else 1)
     data = torch.empty(operator.domain, dtype=complex_)
-    return twin, Encoding(operator, data)
+    sigma, phase = torch.empty(batch, dtype=real), torch.empty((batch, 1, 1, 1, 1, 1), dtype=complex_)
+    return twin, Encoding(operator, data, sigma, phase)
 
 
 def plan(
@@ -158,10 +159,11 @@ def plan_inference(
         with fake_tensors(), torch.no_grad():
             twin, encoding = _fake_problem(model, shape, coils, time, 1, sets, sampled_readout)
             # Every iteration holds the same; the last one stands for all.
-            twin.order, twin.memory = twin.order[-1:], MemoryPlan(candidate.iterations[-1:])
+            twin.order = twin.order[-1:]
             with Meter() as meter:
                 meter.hold(*twin.parameters(), *encoding.operator.buffers(), encoding.adjoint_data)
-                twin.refine(encoding, torch.empty_like(encoding.adjoint_data))
+                only = MemoryPlan(candidate.iterations[-1:])
+                twin.refine(encoding, torch.empty_like(encoding.adjoint_data), memory=only)
                 peak = int(meter.peak * (1 + margin))
         if peak <= budget:
             return replace(candidate, predicted_peak_bytes=peak)
@@ -177,11 +179,14 @@ def _make_fake(model: nn.Module) -> None:
     """Replace parameters and buffers by fake ones; within `fake_tensors` only."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert isinstance(mode, FakeTensorMode)
+    made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = mode.from_tensor(parameter.detach())
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                if id(parameter) not in made:
+                    fake = mode.from_tensor(parameter.detach())
+                    made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = mode.from_tensor(buffer)

@@ -18,6 +18,8 @@ from melcore.unrolled.iteration import Encoding, Iteration, State
 class ProximalGradient(Iteration):
     """``x = regulariser(x - step * gradient of |A x - y|^2 / 2)``.
 
+    The regulariser works in units of the noise, as in `melcore.unrolled.MoDL`.
+
     Parameters
     ----------
     regulariser
@@ -39,11 +41,12 @@ class ProximalGradient(Iteration):
     def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """See `Iteration.before`."""
         x = state[0]
-        return x - self.log_step.exp() * (encoding.operator.normal(x) - encoding.adjoint_data), ()
+        x = x - self.log_step.exp() * (encoding.operator.normal(x) - encoding.adjoint_data)
+        return x / encoding.network_unit, ()
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.after`."""
-        return (regularised,)
+        return (regularised * encoding.network_unit,)
 
     def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """Solve ``state - step * A^H A state = x - step * A^H y``, which has a solution for steps below ``1 / |A|^2``.
@@ -51,6 +54,7 @@ class ProximalGradient(Iteration):
         Steps of 1 replace what was measured, and leave no trace of it.
         """
         step, normal = self.log_step.exp(), encoding.operator.normal
+        x = x * encoding.network_unit
         solution = conjugate_gradient(
             lambda image: image - step * normal(image),
             x - step * encoding.adjoint_data,
@@ -60,6 +64,6 @@ class ProximalGradient(Iteration):
         )
         return (solution.value,)
 
-    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """See `Iteration.undo_after`."""
-        return state[0], ()
+        return state[0] / encoding.network_unit, ()

@@ -17,6 +17,8 @@ from melcore.unrolled.iteration import Encoding, Iteration, State
 class VarNet(Iteration):
     """``x = regulariser(x) - step * gradient of |A x - y|^2 / 2``, with a residual regulariser.
 
+    The regulariser works in units of the noise, as in `melcore.unrolled.MoDL`.
+
     Parameters
     ----------
     regulariser
@@ -34,11 +36,11 @@ class VarNet(Iteration):
         self.regulariser = regulariser
         self.log_step = nn.Parameter(torch.tensor(math.log(step)))
 
-    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
+    def before(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
         """See `Iteration.before`."""
-        return state[0], (state[0],)
+        return state[0] / encoding.network_unit, (state[0],)
 
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:
         """See `Iteration.after`."""
         gradient = encoding.operator.normal(carry[0]) - encoding.adjoint_data
-        return (regularised - self.log_step.exp() * gradient,)
+        return (regularised * encoding.network_unit - self.log_step.exp() * gradient,)
