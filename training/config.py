@@ -6,11 +6,11 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from melcore.errors import ConfigError, DataError, unknown
 from melcore.memory import EXECUTORS, MemoryPlan, calibrate
@@ -23,6 +23,12 @@ from melcore.unrolled.planning import plan
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError(f"a range is written [least, most], but this one is {list(pair)}")
+    return pair
+
+
+def _at_least_one(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] < 1:
+        raise ValueError(f"accelerations are at least 1, but this range is {list(pair)}")
     return pair
 
 
@@ -41,37 +47,58 @@ class Settings(BaseModel):
 class MaskSettings(Settings):
     """One kind of sampling mask in the mixture.
 
-    ``poisson``: two phase-encoding directions, (z, y) in 3D and (y, x) of a plane. ``grid``: every n-th along both of
-    them. ``uniform lines`` and ``random lines``: along y. ``time lines``: random lines along y, interleaved over time.
+    ``poisson`` and ``grid`` (every n-th along both): two phase-encoding directions, (z, y) in 3D and (y, x) of a plane.
+    ``uniform lines`` and ``random lines``: along y. ``time lines``: random lines along y, interleaved over time.
+    ``shifted lines``: every n-th line along y, moved by some lines from frame to frame. ``elliptical``: as ``poisson``,
+    without the corners of k-space. The acceleration of patterns is that of their steps; others' counts the centre.
     """
 
-    kind: Literal["poisson", "grid", "uniform lines", "random lines", "time lines"]
-    acceleration: RealRange
+    kind: Literal["poisson", "elliptical", "grid", "uniform lines", "random lines", "time lines", "shifted lines"]
+    acceleration: Annotated[RealRange, AfterValidator(_at_least_one)]
     calibration: (
         Range  #: samples of the fully sampled centre along each phase-encoding direction (less where it would be all)
     )
+    partial_fourier: Annotated[float, Field(ge=0, le=1)] = 0.0  #: how often up to 3/8 of one side of k-space is missing
     weight: Annotated[float, Field(gt=0)] = 1.0  #: how often, relative to the other kinds
 
 
+class SourceSettings(Settings):
+    """One source of anatomies in the mixture: a prepared folder, or simulation."""
+
+    folder: Path | None = None  #: see `mel prepare`
+    simulate: bool = False
+    weight: Annotated[float, Field(gt=0)] = 1.0  #: how often, relative to the other sources
+    zoom: RealRange | None = None  #: as `DataSettings.zoom`, for this source
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.folder is None) != self.simulate:
+            raise ValueError("a source is either {folder: PATH} or {simulate: true}")
+        return self
+
+
 class DataSettings(Settings):
-    """Simulated examples. Every range is drawn from uniformly (`snr` on a logarithmic scale)."""
+    """Examples, drawn without end. Every range is drawn from uniformly (`snr` and accelerations logarithmically)."""
 
     dimensions: Literal["2d", "3d", "2d+t"]
-    examples: Positive
-    validation: Positive = 16
+    sources: Annotated[list[SourceSettings], Field(min_length=1)] = [SourceSettings(simulate=True)]
+    validation: Positive = 16  #: examples
     seed: Count = 1
     z: Range = (1, 1)  #: samples; sizes beyond 4 are rounded down to a multiple of 4
     y: Range
     x: Range
     frames: Range = (1, 1)
-    zoom: RealRange = (1.0, 1.0)  #: the anatomy is simulated on a matrix so many times larger, and a window kept of it
+    #: how much larger the anatomy is than the field of view: 1 and less shows all of it, 2 a window of half its extent
+    zoom: RealRange = (0.8, 1.0)
     coils: Range
-    phase: Annotated[float, Field(ge=0)] = 0.0  #: in rad, local phase beyond the anatomy's smooth one; see `add_phase`
+    phase: Annotated[float, Field(ge=0)] = 0.6  #: in rad, local phase beyond the anatomy's smooth one; see `add_phase`
     snr: RealRange  #: of the fully sampled image; see `melcore.simulate.acquisition.scale_to_snr`
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3  #: of the noise of any two coils, at most
     masks: Annotated[list[MaskSettings], Field(min_length=1)]
-    workers: Positive = 2
-    cache: Path = Path("runs/cache")
+    #: examples of the same anatomy, coils and maps, each with a mask and noise of its own: what is slow is done once
+    reuse: Positive = 4
+    workers: Count = 2  #: processes that draw examples ahead; 0: none, they are drawn when they are asked for
+    ahead: Positive = 12  #: examples that are kept ready
 
 
 class PreparationSettings(Settings):
@@ -83,8 +110,8 @@ class PreparationSettings(Settings):
     calibration_size: Positive | None = None
     map_crop: Annotated[float, Field(ge=0, le=1)] = 0.8
     start: Literal["zero", "time average"] = "zero"
-    start_iterations: Positive = 8
-    start_weight: Annotated[float, Field(gt=0)] = 0.02
+    start_iterations: Positive = 60
+    start_weight: Annotated[float, Field(gt=0)] | None = None
 
 
 class MemorySettings(Settings):
@@ -95,13 +122,33 @@ class MemorySettings(Settings):
     chunk: Positive | None = None  #: planes of a step of ``stream``, or the edge of a box of ``tile``
 
 
-class LossSettings(Settings):
-    """See `melcore.learning.ReconstructionLoss`."""
+class SelfSupervisionSettings(Settings):
+    """Learning without a truth: what was sampled is split anew at every step (SSDU).
 
-    l1: Annotated[float, Field(ge=0)] = 1.0
+    Yaman et al., Self-supervised learning of physics-guided reconstruction neural networks without fully sampled
+    reference data, Magn Reson Med 84:3172 (2020).
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = (
+        0.4  #: of the samples that the loss compares and the model never sees
+    )
+    centre: Count = (
+        4  #: samples around the centre, along every axis that the mask undersamples, that the model always sees
+    )
+
+
+class LossSettings(Settings):
+    """Weights of the terms; see `melcore.learning.ReconstructionLoss`."""
+
+    l1: Annotated[float, Field(ge=0)] = 0.5
+    nrmse: Annotated[float, Field(ge=0)] = 0.5
     l2: Annotated[float, Field(ge=0)] = 0.0
     ssim: Annotated[float, Field(ge=0)] = 0.0
-    relative_to_start: bool = False  #: divide by the start image's loss: easy examples then weigh as much as hard ones
+    #: what every term is divided by: that of CG-SENSE with a weight for the noise, so that all noise levels and
+    #: accelerations count alike; that of the start image; or the truth's size alone
+    relative_to: Literal["cg_sense", "start", "truth"] = "cg_sense"
+    region: Literal["image", "support"] = "image"  #: where L1, L2 and NRMSE count; SSIM is that of the support
+    self_supervised: SelfSupervisionSettings | None = None  #: k-space is compared instead of images; no truth is used
 
 
 class OptimiserSettings(Settings):
@@ -114,12 +161,26 @@ class OptimiserSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
     frozen_steps: Count = 500  #: in which only the regulariser learns, and mu does not
+    #: of the learning rate, for parameters whose names contain the key: ``{mu: 10}``; the first key that fits counts,
+    #: then what the scheme itself proposes
+    factors: dict[str, Annotated[float, Field(ge=0)]] = {}
+
+
+class Stage(Settings):
+    """Part of a curriculum: until some step, what differs from the rest of the training."""
+
+    until_step: Positive
+    iterations: Positive | None = None  #: the first so many of the model's; None: all
+    readout_window: Positive | None = None  #: as `TrainingSettings.readout_window`; None: what holds afterwards
 
 
 class TrainingSettings(Settings):
-    """The loop."""
+    """The loop. It ends after `steps`, or after `max_hours`, whichever comes first; the learning rate follows."""
 
-    steps: Positive
+    steps: Positive | None = None
+    #: of all sessions together, preparation of the examples included. Steps then depend on the machine's speed: such a
+    #: training cannot be repeated bit by bit
+    max_hours: Annotated[float, Field(gt=0)] | None = None
     readout_window: Positive | None = (
         None  #: samples along the readout that a step sees, from a random place; None: all
     )
@@ -127,16 +188,33 @@ class TrainingSettings(Settings):
     seed: Count = 1
     device: str = "auto"
     tf32: bool = False
+    precision: Literal["float32", "bfloat16"] = (
+        "float32"  #: of the network; data consistency is always single precision
+    )
+    #: decay of the running average of the weights that is validated and becomes the bundle (0: the weights themselves)
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     scale_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.1  #: examples are scaled by a random factor within 1 +- this
+    #: the model is told a noise level that is wrong by a factor between 1 / (1 + this) and 1 + this (log-uniform)
+    sigma_jitter: Annotated[float, Field(ge=0)] = 0.1
+    curriculum: list[Stage] = []
     validation_interval: Positive = 250
     checkpoint_interval: Positive = 100
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is None and self.max_hours is None:
+            raise ValueError("a training needs an end: set training.steps or training.max_hours")
+        ends = [stage.until_step for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"the stages of a curriculum end one after another, but here at {ends}")
+        return self
 
 
 class OutputSettings(Settings):
     """Where results go."""
 
     directory: Path
-    bundle: Path
+    bundle: Path | None = None  #: by default NAME.safetensors in the directory
     notes: str = ""  #: goes into the card
 
 
@@ -153,6 +231,11 @@ class Config(Settings):
     training: TrainingSettings
     output: OutputSettings
 
+    @property
+    def bundle(self) -> Path:
+        """Where the bundle goes."""
+        return self.output.bundle or self.output.directory / f"{self.name}.safetensors"
+
     def to_preparation(self) -> Preparation:
         """The settings of `melcore.preprocess.preparation.prepare`."""
         return Preparation(**self.preparation.model_dump())
@@ -168,7 +251,7 @@ class Config(Settings):
             coils = min(data.coils[1], self.preparation.coils or data.coils[1])
             budget = parse_bytes(self.memory.budget)
             known = calibrate(device)
-            lines = data.z[1] > 1 or all(kind.kind not in ("poisson", "grid") for kind in data.masks)
+            lines = data.z[1] > 1 or all(kind.kind not in ("poisson", "elliptical", "grid") for kind in data.masks)
             return plan(
                 model,
                 (data.z[1], data.y[1], x),
@@ -205,7 +288,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Parameters
     ----------
     path
-        YAML file.
+        YAML file, or the name of a configuration that ships.
     overrides
         ``key=value`` with dotted keys, for example ``optimiser.learning_rate=1e-3`` or ``data.masks.0.weight=2``;
         values are read as YAML.
@@ -217,8 +300,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ConfigError
         If it is not valid; the message names the nearest known key.
     """
+    path = find(path)
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise DataError(f"the configuration {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -258,7 +342,37 @@ def parse(content: Mapping[str, Any], source: str = "the configuration") -> Conf
         raise ConfigError(
             f"{source}: the model has {sets} map sets, but preparation.map_sets is {config.preparation.map_sets}."
         )
+    most = max((stage.iterations or 1 for stage in config.training.curriculum), default=1)
+    if most > len(model.order):
+        raise ConfigError(
+            f"{source}: a stage of training.curriculum has {most} iterations, but the model has {len(model.order)}."
+        )
     return config
+
+
+def shipped() -> dict[str, Path]:
+    """Configurations that ship with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def find(name: str | Path) -> Path:
+    """The file of a configuration: a path as it is, or the name of one that ships.
+
+    Raises
+    ------
+    DataError
+        If a path leads nowhere.
+    ConfigError
+        If there is no such name; the message lists those there are.
+    """
+    path, known = Path(name), shipped()
+    if path.is_file():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise DataError(f"the configuration {path} cannot be read: there is no such file. Shipped: {', '.join(known)}.")
+    raise unknown("configuration", str(name), known)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -93,3 +93,14 @@ def leave(team: Team) -> None:
     """Close the connections."""
     if team.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the device {name!r} cannot be used here: {' '.join(str(error).split())}") from None
+    return torch.device(name)

@@ -5,8 +5,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from melcore.physics import Sense
+from melcore.preprocess.preparation import cg_sense, cg_sense_weight
 from melcore.unrolled import Encoding
-from training.data import Example
+from training.data import Example, window_readout
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples that the model does not see, on which it is judged where there is no truth.
+
+    Attributes
+    ----------
+    operator
+        From images to those samples.
+    k_space
+        The samples, zero elsewhere, ``(batch, coil, time, z, y, x)``.
+    """
+
+    operator: Sense
+    k_space: Tensor
 
 
 @dataclass(frozen=True)
@@ -16,29 +34,76 @@ class Problem:
     Attributes
     ----------
     encoding
-        The operator, and its adjoint applied to the data.
-    initial, truth
-        Start image and target, ``(batch, set, time, z, y, x)``.
+        The operator, its adjoint applied to the data, and the noise level that the model is told.
+    initial
+        Start image, ``(batch, set, time, z, y, x)``.
+    target
+        What the image should be, of the same shape; None for data that have no truth.
     support
         Where the maps are not zero, ``(batch, set, 1, z, y, x)``.
+    sigma
+        The noise level as it is, ``(batch,)``.
+    held_out
+        What judges an image without a truth; see `training.self_supervision`.
     """
 
     encoding: Encoding
     initial: Tensor
-    truth: Tensor
+    target: Tensor | None
     support: Tensor
+    sigma: Tensor
+    held_out: HeldOut | None = None
+
+    @property
+    def truth(self) -> Tensor:
+        """The target, where there is one."""
+        assert self.target is not None
+        return self.target
+
+    def cg_sense(self, iterations: int = 60, weight: float | None = None) -> Tensor:
+        """The product's CG-SENSE, frame by frame; its weight follows the noise unless another one is given."""
+        operator = self.encoding.operator
+        chosen = cg_sense_weight(self.sigma, operator.acceleration)
+        if weight is not None:
+            chosen = torch.full_like(self.sigma, weight)
+        with torch.no_grad():
+            return cg_sense(operator, self.encoding.adjoint_data, chosen, iterations=iterations)
 
 
-def place(example: Example, device: torch.device | None = None, factor: complex = 1) -> Problem:
+def place(
+    example: Example, device: torch.device | None = None, factor: complex = 1, *, sigma_factor: float = 1
+) -> Problem:
     """Bring an example to a device (by default where it is), multiplied by a factor.
 
     On the device exist the coil maps once, the mask, and three images; k-space passes by coil for coil. That is what
     `melcore.unrolled.plan` counts.
+
+    Parameters
+    ----------
+    example, device
+        What, and where.
+    factor
+        Multiplies k-space, start image and truth, and by its magnitude the noise level.
+    sigma_factor
+        By how much the noise level that the model is told is wrong.
     """
     prepared = example.prepared
     support = example.support
-    device = device or example.truth.device
+    device = device or prepared.initial.device
     operator = prepared.operator().to(device)  # made on the host, where there is room for what making it takes
     adjoint_data = operator.adjoint(prepared.k_space.data) * factor
-    initial, truth = ((image * factor).to(device) for image in (prepared.initial, example.truth))
-    return Problem(Encoding(operator, adjoint_data), initial, truth, support.to(device))
+    initial = (prepared.initial * factor).to(device)
+    target = None if example.truth is None else (example.truth * factor).to(device)
+    sigma = prepared.sigma.to(device) * abs(factor)
+    encoding = Encoding(operator, adjoint_data, sigma * sigma_factor)
+    return Problem(encoding, initial, target, support.to(device), sigma)
+
+
+def crop(example: Example, window: int | None, generator: torch.Generator | None = None) -> Example:
+    """A window of the readout, at a random place or, without a generator, in the middle; all of it if None or short."""
+    size = example.prepared.initial.shape[-1]
+    if window is None or window >= size:
+        return example
+    rest = size - window
+    start = rest // 2 if generator is None else int(torch.randint(rest + 1, (), generator=generator))
+    return window_readout(example, start, window)

@@ -1,15 +1,15 @@
 """Judges reconstructions of examples whose truth is known, and watches the network's channels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from melcore.learning import decibels, nrmse, psnr, ssim
-from melcore.physics import conjugate_gradient
 from melcore.unrolled import Unrolled
 from training.data import Example
-from training.problem import Problem, place
+from training.problem import Problem
+from training.self_supervision import held_out_terms
 
 Metrics = dict[str, dict[str, float]]  #: of each method: nrmse_db, psnr_db, ssim
 Method = Callable[[Problem], Tensor]
@@ -20,16 +20,9 @@ def zero_filled(problem: Problem) -> Tensor:
     return problem.encoding.adjoint_data
 
 
-def cg_sense(problem: Problem, iterations: int = 30, weight: float = 0.02) -> Tensor:
-    """CG-SENSE with a light quadratic penalty, frame by frame."""
-    normal = problem.encoding.operator.normal
-    solution = conjugate_gradient(
-        lambda v: normal(v) + weight * v,
-        problem.encoding.adjoint_data,
-        relative_tolerance=1e-5,
-        max_iterations=iterations,
-    )
-    return solution.value
+def cg_sense(problem: Problem, iterations: int = 60, weight: float | None = None) -> Tensor:
+    """The product's CG-SENSE, frame by frame; its weight follows the noise unless one is given."""
+    return problem.cg_sense(iterations, weight)
 
 
 def learned(model: Unrolled) -> Method:
@@ -38,27 +31,26 @@ def learned(model: Unrolled) -> Method:
 
 
 def judge(image: Tensor, problem: Problem | Example) -> dict[str, float]:
-    """NRMSE (complex), PSNR and SSIM (magnitude), in the support of the maps."""
-    volume, support = min(image.shape[-3:]) > 1, problem.support
+    """NRMSE (complex), PSNR and SSIM (magnitude) in the support of the maps, or the error of the held-out samples."""
+    if isinstance(problem, Problem) and problem.held_out is not None:
+        return {"held_out_db": float(decibels(held_out_terms(image, problem.held_out)["nrmse"]))}
+    volume, support, truth = min(image.shape[-3:]) > 1, problem.support, problem.truth
+    assert truth is not None
     return {
-        "nrmse_db": float(decibels(nrmse(image, problem.truth, support)).mean()),
-        "psnr_db": float(psnr(image, problem.truth, support).mean()),
-        "ssim": float(ssim(image, problem.truth, support, dimensions=3 if volume else 2).mean()),
+        "nrmse_db": float(decibels(nrmse(image, truth, support)).mean()),
+        "psnr_db": float(psnr(image, truth, support).mean()),
+        "ssim": float(ssim(image, truth, support, dimensions=3 if volume else 2).mean()),
     }
 
 
 @torch.no_grad()
-def evaluate(
-    model: Unrolled, examples: Sequence[Example], device: torch.device, known: Metrics | None = None
-) -> Metrics:
-    """Mean metrics over the examples of ``learned``, ``zero_filled``, ``cg_sense`` and the ``start`` image.
+def evaluate(model: Unrolled, problems: Iterable[Problem], known: Metrics | None = None) -> Metrics:
+    """Mean metrics over problems of ``learned``, ``zero_filled``, ``cg_sense`` and the ``start`` image.
 
     Parameters
     ----------
-    model, examples
+    model, problems
         What is judged, on what.
-    device
-        Where to compute.
     known
         Metrics of the conventional methods from before, which need not be computed again.
     """
@@ -67,8 +59,7 @@ def evaluate(
     if not known:
         methods |= {"zero_filled": zero_filled, "cg_sense": cg_sense, "start": lambda problem: problem.initial}
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-    for index in range(len(examples)):
-        problem = place(examples[index], device)
+    for problem in problems:
         for name, method in methods.items():
             collected[name].append(judge(method(problem), problem))
     means = {
@@ -79,8 +70,10 @@ def evaluate(
 
 
 @torch.no_grad()
-def live_channels(model: Unrolled, problem: Problem) -> float:
+def live_channels(model: Unrolled, problem: Problem) -> float | None:
     """Fraction of the channels, over all layers that have an activation, whose output varies over an image.
+
+    None where the regularisers are not made of such layers: then nothing is known.
 
     Channels die when a step of the optimiser throws them where their gradient vanishes; a learning rate or an
     initialisation that is too bold shows here first.
@@ -100,4 +93,4 @@ def live_channels(model: Unrolled, problem: Problem) -> float:
     finally:
         for hook in hooks:
             hook.remove()
-    return float(torch.cat(alive).float().mean()) if alive else 1.0
+    return float(torch.cat(alive).float().mean()) if alive else None
