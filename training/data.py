@@ -1,233 +1,159 @@
-"""Training examples: simulated from seeds, prepared exactly as at the scanner, and kept on disk.
+"""Streams of training examples, without end: example n is a function of the configuration and n alone.
 
-The target of an example is what a perfect scan would give in the gauge of its maps: the noise-free, fully sampled
-k-space of all coils, compressed and whitened as the data were, transformed, combined with the *estimated* maps (``sum
-over coils conj(map) * coil image``), and divided by the scale of the data. It is therefore zero where the maps are.
+Every base (an anatomy, its coils, its maps) serves `reuse` examples, which are spread out so that a base is made once
+in every `reuse` examples, and neighbours in the stream never share one (`base_of`). Processes draw ahead; how many
+there are changes nothing but the time.
 """
 
-import concurrent.futures
-import hashlib
-import json
-import multiprocessing
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, overload
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from melcore import __version__
-from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
-from melcore.errors import ConfigError, DataError, ToolError
-from melcore.io.atomic import replacing
-from melcore.physics import Sense
-from melcore.physics.fourier import fft, ifft
-from melcore.preprocess.compression import coil_compression_matrix, compress_coils
-from melcore.preprocess.preparation import Preparation, Prepared, prepare
+from melcore.errors import DataError, ToolError
+from melcore.preprocess.preparation import Preparation
+from training.anatomies import SPLITS, Split
 from training.config import DataSettings
-from training.simulation import Scan, simulate
+from training.example import Example, window_readout
+from training.simulation import Base, draw_base, draw_example
+from training.sources import Mixture, open_mixture
+from training.workers import Workers
 
-# Part of the cache's key: raise it when the same settings come to mean other examples.
-_GENERATION = 1
+__all__ = ["Drawing", "Example", "Stream", "base_of", "window_readout"]
 
-# Energy of the noise-free signal that estimated maps may miss. On measured heads they miss 1 %, failed ones over 10.
-_MOST_MISSED = 0.04
+Drawn = TypeVar("Drawn")
+
+# Examples between two of the same base, for each of its uses.
+_STRIDE = 2
+_ATTEMPTS = 20
+
+
+def base_of(n: int, reuse: int) -> int:
+    """Number of the base of example n.
+
+    In every `reuse` examples one base is new: the others' bases were so `_STRIDE`, twice `_STRIDE`, ... groups before.
+    """
+    group, place = divmod(n, reuse)
+    return group + _STRIDE * (reuse - 1 - place)
 
 
 @dataclass(frozen=True)
-class Example:
-    """What a reconstruction starts from, and what it should give.
+class Drawing:
+    """Draws the examples of a split by their numbers; travels to worker processes."""
 
-    Attributes
-    ----------
-    prepared
-        See `melcore.preprocess.preparation.prepare`.
-    truth
-        Scaled image ``(batch, set, time, z, y, x)``.
-    """
+    settings: DataSettings
+    preparation: Preparation
+    mixture: Mixture
+    split: Split
+    _bases: "OrderedDict[int, Base]" = field(default_factory=OrderedDict, compare=False, repr=False)
 
-    prepared: Prepared
-    truth: Tensor
+    def __call__(self, n: int) -> Example:
+        """Example n.
 
-    @property
-    def support(self) -> Tensor:
-        """Where the maps are not zero, ``(batch, set, 1, z, y, x)``."""
-        return self.prepared.coil_maps.data.abs().sum(2) > 0
+        Raises
+        ------
+        DataError
+            If it cannot be made, over and over.
+        """
+        base = self._base(base_of(n, self.settings.reuse))
+        return self._attempt(1, n, lambda rng: draw_example(base, self.settings, self.preparation, rng))
 
+    def _base(self, number: int) -> Base:
+        """A base; those of late are kept."""
+        if number not in self._bases:
+            self._bases[number] = self._attempt(
+                0, number, lambda rng: draw_base(self.settings, self.preparation, self.mixture, rng)
+            )
+            while len(self._bases) > _STRIDE * (self.settings.reuse - 1) + 1:
+                self._bases.popitem(last=False)
+        self._bases.move_to_end(number)
+        return self._bases[number]
 
-def make_example(scan: Scan, settings: Preparation) -> Example:
-    """Prepare a simulated scan as the scanner's data are prepared, and its target with the same maps and scale.
-
-    Raises
-    ------
-    DataError
-        If the estimated maps miss so much of the noise-free signal that no target could be consistent with the data.
-    """
-    prepared = prepare(scan.k_space, settings=settings)
-    complete = scan.noiseless
-    if settings.coils is not None and settings.coils < complete.shape[1]:
-        # The same matrix as inside `prepare`: it depends on the data alone.
-        matrix, _ = coil_compression_matrix(scan.k_space.data, settings.coils)
-        complete = compress_coils(complete, matrix)
-    everywhere = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
-    combine = Sense(prepared.coil_maps.data, everywhere, time=complete.shape[2])
-    image = combine.adjoint(complete)
-    missed = 1 - float(image.abs().square().sum() / complete.abs().square().sum())
-    if missed > _MOST_MISSED:
-        raise DataError(f"the estimated maps miss {missed:.1%} of the signal: the coil maps have failed.")
-    return Example(prepared, image / prepared.scale.view(-1, 1, 1, 1, 1, 1))
-
-
-def window_readout(example: Example, start: int, size: int) -> Example:
-    """Cut a window out of the readout, exactly: a fully sampled axis decouples after a Fourier transform along it.
-
-    Raises
-    ------
-    ConfigError
-        If the mask changes along the readout.
-    """
-    p = example.prepared
-    if p.k_space.mask.shape[-1] != 1:
-        raise ConfigError("only a readout that is fully sampled can be cut; leave out training.readout_window.")
-    cut = slice(start, start + size)
-    hybrid = ifft(p.k_space.data, (-1,))[..., cut]
-    k_space = replace(p.k_space, data=fft(hybrid.contiguous(), (-1,)))
-    maps = replace(p.coil_maps, data=p.coil_maps.data[..., cut].contiguous())
-    prepared = replace(p, k_space=k_space, coil_maps=maps, initial=p.initial[..., cut].contiguous())
-    return Example(prepared, example.truth[..., cut].contiguous())
+    def _attempt(self, what: int, number: int, make: Callable[[np.random.Generator], Drawn]) -> Drawn:
+        """Some draws cannot be prepared (a centre too small, an empty slice): they are drawn again."""
+        reason: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            rng = np.random.default_rng([self.settings.seed, SPLITS.index(self.split), what, number, attempt])
+            try:
+                return make(rng)
+            except (DataError, ToolError) as error:
+                reason = error
+        name = ("anatomy", "example")[what]
+        raise DataError(f"{self.split} {name} {number} failed in {_ATTEMPTS} attempts; the last error: {reason}")
 
 
-class Examples(Sequence[Example]):
-    """Prepared examples on disk, read when they are asked for."""
+class Stream:
+    """Examples of a split by their numbers, drawn ahead by processes of its own.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Examples": ...
-    def __getitem__(self, index: int | slice) -> "Example | Examples":
-        return Examples(self.paths[index]) if isinstance(index, slice) else read_example(self.paths[index])
-
-
-def write_example(path: Path, example: Example) -> None:
-    """Write one example, complete or not at all."""
-    from safetensors.torch import save_file
-
-    p = example.prepared
-    tensors = {
-        "k_space": p.k_space.data,
-        "mask": p.k_space.mask,
-        "coil_maps": p.coil_maps.data,
-        "scale": p.scale,
-        "initial": p.initial,
-        "truth": example.truth,
-    }
-    info = p.k_space.info
-    metadata = {
-        "encoded_matrix": info.encoded_matrix,
-        "recon_matrix": info.recon_matrix,
-        "noise": asdict(p.k_space.noise),
-        "source": p.coil_maps.source,
-        "gauge": p.coil_maps.gauge,
-        "retained_energy": p.retained_energy,
-    }
-    with replacing(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"mel": json.dumps(metadata)})
-
-
-def read_example(path: Path) -> Example:
-    """Read what `write_example` wrote; `DataError` if the file is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata: dict[str, Any] = json.loads(file.metadata()["mel"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(
-            f"the example {path} is missing or damaged ({error}): remove it, and it is made again."
-        ) from None
-    info = ScanInfo(tuple(metadata["encoded_matrix"]), tuple(metadata["recon_matrix"]))
-    k_space = KSpace(tensors["k_space"], tensors["mask"], info, Noise(**metadata["noise"]))
-    maps = CoilMaps(tensors["coil_maps"], metadata["source"], metadata["gauge"])
-    prepared = Prepared(k_space, maps, tensors["scale"], tensors["initial"], metadata["retained_energy"])
-    return Example(prepared, tensors["truth"])
-
-
-def cache_key(settings: DataSettings, preparation: Preparation) -> str:
-    """Hexadecimal digest of everything that examples depend on, but their number and place."""
-    content = settings.model_dump(mode="json", exclude={"examples", "validation", "workers", "cache"})
-    content |= {"preparation": asdict(preparation), "melcore": __version__, "generation": _GENERATION}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def prepare_examples(
-    settings: DataSettings, preparation: Preparation, progress: Callable[[], object] = lambda: None
-) -> tuple[Examples, Examples]:
-    """Make those examples that the cache lacks, in parallel, and open them all.
+    ``stream[n]`` is best asked for in ascending order, for what comes next is drawn ahead from there; any order gives
+    the same examples. The validation split is a short sequence, whose examples are kept; the training split has no end.
 
     Parameters
     ----------
-    settings, preparation
-        What to make.
-    progress
-        Called after each example.
+    settings
+        Where examples come from.
+    preparation
+        See `melcore.preprocess.preparation.Preparation`.
+    split
+        ``"train"``, ``"validation"`` or ``"test"``; subjects and seeds of splits never meet.
+    first, step
+        Which examples will be asked for: of several processes that train together, each takes every `step`-th.
 
-    Returns
-    -------
-    tuple of Examples
-        For training and for validation; their seeds never meet.
+    Raises
+    ------
+    DataError, ConfigError
+        See `training.sources.open_mixture`.
     """
-    folder = settings.cache / cache_key(settings, preparation)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the cache {folder} cannot be made: {error.strerror}; set data.cache.") from None
-    splits = {"training": settings.examples, "validation": settings.validation}
-    paths = {name: [folder / f"{name}-{index:05d}.safetensors" for index in range(n)] for name, n in splits.items()}
-    tasks = [(name, index, path) for name in splits for index, path in enumerate(paths[name])]
-    missing = [task for task in tasks if not task[2].is_file()]
-    for _ in range(len(tasks) - len(missing)):
-        progress()
-    if settings.workers == 1 or len(missing) < 2:
-        for task in missing:
-            _make(settings, preparation, *task)
-            progress()
-        return Examples(paths["training"]), Examples(paths["validation"])
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = [pool.submit(_make, settings, preparation, *task) for task in missing]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                progress()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return Examples(paths["training"]), Examples(paths["validation"])
 
+    def __init__(
+        self, settings: DataSettings, preparation: Preparation, split: Split = "train", *, first: int = 0, step: int = 1
+    ) -> None:
+        self.settings, self.split, self.step = settings, split, step
+        self.mixture = open_mixture(settings, split)
+        self._kept: dict[int, Example] = {}
+        task = Drawing(settings, preparation, self.mixture, split)
+        self._workers = Workers(
+            task,
+            settings.workers,
+            ahead=settings.ahead,
+            # A base's examples belong to one process, which makes it once.
+            owner=lambda n: base_of(n, settings.reuse),
+            first=first,
+            step=step,
+            stop=settings.validation if split != "train" else None,
+        )
 
-def _make(settings: DataSettings, preparation: Preparation, split: str, index: int, path: Path) -> None:
-    """Simulate and prepare one example in a worker process."""
-    entropy = [settings.seed, ("training", "validation").index(split), index]
-    for attempt in range(10):
-        # Some draws cannot be prepared (an empty slice, a centre too small): those are drawn again.
-        rng = np.random.default_rng([*entropy, attempt])
-        try:
-            example = make_example(simulate(settings, rng), preparation)
-        except (DataError, ToolError) as error:
-            reason = error
-            continue
-        write_example(path, example)
-        return
-    raise DataError(f"{split} example {index} could not be made in 10 attempts; the last error: {reason}")
+    def __len__(self) -> int:
+        if self.split == "train":
+            raise TypeError("a stream of training examples has no end, and so no length")
+        return self.settings.validation
+
+    def __getitem__(self, n: int) -> Example:
+        if n < 0 or (self.split != "train" and n >= self.settings.validation):
+            raise IndexError(n)
+        if n in self._kept:
+            return self._kept[n]
+        example = self._workers.get(n)
+        if self.split != "train":
+            self._kept[n] = example
+            if len(self._kept) == self.settings.validation:
+                self._workers.close()
+        return example
+
+    def __iter__(self) -> Iterator[Example]:
+        n = 0
+        while self.split == "train" or n < self.settings.validation:
+            yield self[n]
+            n += 1
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; an example that is asked for afterwards starts them again."""
+        self._workers.close()

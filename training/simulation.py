@@ -1,4 +1,9 @@
-"""Draws simulated scans: anatomy, coils, noise and sampling mask, from the ranges of a configuration."""
+"""From an anatomy to examples: coils, noise, masks, and the path of the scanner.
+
+What is slow (anatomy, coils, maps estimated by BART from a noisy undersampled scan) makes a `Base`. Several examples
+are drawn of each, every one with a mask, noise and scale of its own, and the maps of that one scan, as if it had been
+a separate calibration.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,146 +11,197 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from melcore.data import KSpace, Noise
+from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
+from melcore.errors import DataError
+from melcore.physics import Sense
 from melcore.physics.fourier import fft
-from melcore.preprocess import masks
+from melcore.preprocess.compression import coil_compression_matrix, compress_coils
+from melcore.preprocess.preparation import Preparation, prepare
 from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
-from melcore.simulate.acquisition import simulate_k_space
+from melcore.simulate.acquisition import scale_to_snr
 from melcore.simulate.coils import coil_maps
 from melcore.simulate.heart import random_cine
-from melcore.simulate.noise import random_noise_covariance
+from melcore.simulate.noise import complex_noise, random_noise_covariance
 from melcore.simulate.phantom import random_anatomy
+from training.anatomy import Matrix, draw_anatomy
+from training.cine import draw_cine
 from training.config import DataSettings, MaskSettings
+from training.example import Example
+from training.fields import add_phase, draw_seed, log_uniform, whole
+from training.measured import draw_measured
+from training.sampling import choose_kind, draw_mask
+from training.sources import Mixture, Source
+
+# Energy of the noise-free signal that estimated maps may miss. On measured heads they miss 1 %, failed ones over 10.
+# Noise in the calibration region makes maps worse, and a scanner has no better ones: what it costs is allowed on top.
+_MOST_MISSED = 0.04
+_NOISE = math.sqrt(2)  # standard deviation of whitened complex noise
+# Examples of one base are this much better or worse than the scan that its maps come from, at most.
+_SNR_SPREAD = 2.0
+# A measured truth has noise: at least so many times more is added to the data, or they would be told what it is.
+_LEAST_ADDED = 2.0
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A simulated scan, whitened.
+    """A fully sampled scan of a unit SNR, whitened.
 
     Attributes
     ----------
-    k_space
-        Undersampled, with noise.
-    noiseless
-        Fully sampled data of the same coils without noise, ``(batch, coil, time, z, y, x)``.
+    complete
+        ``(1, coil, time, z, y, x)``; noise of variance 2 is missing to a scan of SNR 1, or to one of SNR `s` once this
+        is multiplied by it.
+    noise
+        Standard deviation of the complex noise that `complete` has already.
     """
 
-    k_space: KSpace
-    noiseless: Tensor
+    complete: Tensor
+    noise: float = 0.0
+
+    @property
+    def matrix(self) -> Matrix:
+        """Sizes ``(z, y, x)``."""
+        _, _, _, z, y, x = self.complete.shape
+        return z, y, x
 
 
-def simulate(settings: DataSettings, rng: np.random.Generator) -> Scan:
-    """Draw one scan.
+@dataclass(frozen=True)
+class Base:
+    """What several examples have in common: a scan, compressed, and the maps that were estimated from it once.
 
-    Parameters
+    Attributes
     ----------
-    settings
-        Ranges to draw from.
-    rng
-        Source of all randomness.
+    combined
+        `scan`, combined with the maps, ``(1, set, time, z, y, x)``.
+    snr
+        Of the scan that the maps come from.
     """
+
+    scan: Scan
+    coil_maps: CoilMaps
+    combined: Tensor
+    kind: MaskSettings
+    snr: float
+
+
+def draw_scan(settings: DataSettings, mixture: Mixture, rng: np.random.Generator) -> Scan:
+    """Draw a source, an anatomy of it, and the coils that see it."""
     # Multiples of 4 have fast Fourier transforms, and matrices of scanners are even.
     matrix = (_size(rng, settings.z), _size(rng, settings.y), _size(rng, settings.x))
-    frames, coils = _whole(rng, settings.frames), _whole(rng, settings.coils)
-    # On a small matrix, a window of a larger field of view shows finer structure than the whole head would.
-    zoom = rng.uniform(*settings.zoom)
-    whole = tuple(size if size == 1 else round(size * zoom) for size in matrix)
-    image = _anatomy(whole, frames, rng)
-    # The coils surround the window: those of the whole head would hardly encode so small a field of view.
-    maps = coil_maps(matrix, coils, seed=_seed(rng))
-    image = image[:, *(_window(rng, large, small) for large, small in zip(whole, matrix, strict=True))]
-
-    if settings.phase > 0:
-        image = add_phase(image, settings.phase, rng)
-    mask = draw_mask(settings.masks, matrix, frames, rng)
-    covariance = random_noise_covariance(coils, rng.uniform(0, settings.correlation), seed=_seed(rng))
-    snr = math.exp(rng.uniform(*np.log(settings.snr)))
-    measured, truth = simulate_k_space(image, maps, mask, snr=snr, covariance=covariance, seed=_seed(rng))
+    frames, coils = whole(rng, settings.frames), whole(rng, settings.coils)
+    source = mixture.choose(rng)
+    if source.folder is not None:
+        entry = source.choose(rng)
+        if entry.kind == "k-space":
+            complete, signal = draw_measured(source.folder, entry, settings, frames, rng)
+            return Scan(complete / signal, _NOISE / signal)
+    image = _draw_image(source, settings, matrix, frames, rng)
+    image = scale_to_snr(image, 1.0)
+    maps = coil_maps(matrix, coils, seed=draw_seed(rng))
+    covariance = random_noise_covariance(coils, rng.uniform(0, settings.correlation), seed=draw_seed(rng))
     # Whitened by the covariance itself: what little an estimate would differ by, no network can see.
     whitening = math.sqrt(2) * whitening_matrix(NoiseCovariance(2 * covariance, 0.0, 0), 0.0)
-    noiseless = torch.einsum("vc,bctzyx->bvtzyx", whitening, fft(maps[None, :, None] * truth.data))
-    data = torch.einsum("vc,bctzyx->bvtzyx", whitening, measured.data)
-    return Scan(replace(measured, data=data, noise=Noise(whitened=True, source="simulated")), noiseless)
+    maps = torch.tensordot(whitening, maps, 1)
+    return Scan(fft(maps[None, :, None] * image, (-3, -2, -1)))
 
 
-def add_phase(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
-    """Add what measured phase has beyond a smooth ramp, to images ``(time, z, y, x)``.
-
-    The brightest tissue, mostly fat, is turned by any angle as by its chemical shift (without this, networks take the
-    scalp of measured heads for an artefact), and the field is disturbed locally, by about `strength` in rad.
-    """
-    turn = rng.uniform(-math.pi, math.pi) * float(rng.random() < 0.7)
-    bright = torch.sigmoid((image.abs() - rng.uniform(0.7, 1.1)) / 0.05)
-    coarse = [1 if size == 1 else int(rng.integers(4, 15)) for size in image.shape[1:]]
-    knots = torch.from_numpy(rng.standard_normal((1, 1, *coarse)).astype(np.float32))
-    field = functional.interpolate(knots, image.shape[1:], mode="trilinear", align_corners=True)[0]
-    return image * torch.polar(torch.ones(()), turn * bright + strength * rng.uniform(0, 1) * field)
-
-
-def draw_mask(kinds: list[MaskSettings], matrix: tuple[int, int, int], frames: int, rng: np.random.Generator) -> Tensor:
-    """Draw a kind by its weight, an acceleration and a calibration size, and the mask itself: six axes, boolean."""
-    weights = np.array([kind.weight for kind in kinds])
-    kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-    acceleration, calibration = rng.uniform(*kind.acceleration), _whole(rng, kind.calibration)
-    z, y, x = matrix
-    if kind.kind == "poisson":
-        plane, axes = ((z, y), ("z", "y")) if z > 1 else ((y, x), ("y", "x"))
-        # On a small matrix the centre must leave something to sample elsewhere.
-        calibration = min(calibration, int(math.sqrt(0.6 * plane[0] * plane[1] / acceleration)), *plane)
-        centre = (calibration, calibration)
-        mask = masks.poisson_disc(
-            plane, acceleration, calibration=centre, seed=_seed(rng), variable_density=rng.uniform(0, 2)
-        )
-        return masks.k_space_mask(mask, axes)
-    if kind.kind == "grid":
-        plane, axes = ((z, y), ("z", "y")) if z > 1 else ((y, x), ("y", "x"))
-        least, most = kind.acceleration
-        steps = [(a, b) for a in range(1, 5) for b in range(1, 5) if least <= a * b <= most]
-        first, second = steps[rng.integers(len(steps))]
-        return masks.k_space_mask(_grid(plane, (first, second), calibration, rng), axes)
-    if kind.kind == "uniform lines":
-        return masks.k_space_mask(masks.uniform_lines(y, round(acceleration), calibration), ("y",))
-    calibration = min(calibration, int(0.95 * y / acceleration))
-    if kind.kind == "random lines":
-        return masks.k_space_mask(masks.random_lines(y, acceleration, calibration, seed=_seed(rng)), ("y",))
-    lines = masks.variable_density_kt(frames, y, acceleration, calibration, seed=_seed(rng), decay=rng.uniform(0.5, 4))
-    return masks.k_space_mask(lines, ("time", "y"))
-
-
-def _grid(plane: tuple[int, int], steps: tuple[int, int], calibration: int, rng: np.random.Generator) -> Tensor:
-    """Every n-th sample along both axes, with a random offset, and a square centre."""
-    mask = torch.zeros(plane, dtype=torch.bool)
-    first, second = (int(rng.integers(step)) for step in steps)
-    mask[first :: steps[0], second :: steps[1]] = True
-    sizes = [min(calibration, n) for n in plane]
-    centre = [slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(plane, sizes, strict=True)]
-    mask[centre[0], centre[1]] = True
-    return mask
-
-
-def _anatomy(shape: tuple[int, ...], frames: int, rng: np.random.Generator) -> Tensor:
+def _draw_image(
+    source: Source, settings: DataSettings, matrix: Matrix, frames: int, rng: np.random.Generator
+) -> Tensor:
     """Complex ``(time, z, y, x)``."""
-    z, y, x = shape
+    zoom = rng.uniform(*source.zoom)
+    if source.folder is not None:
+        entry = source.choose(rng)
+        if frames > 1:
+            return draw_cine(source.folder, entry, matrix, frames, zoom, settings.phase, rng)
+        return draw_anatomy(source.folder, entry, matrix, zoom, settings.phase, rng)
+    # On a small matrix, a window of a larger field of view shows finer structure than the whole would.
+    larger = [size if size == 1 else round(size * max(zoom, 1.0)) for size in matrix]
+    z, y, x = larger
     if frames > 1:
-        return random_cine((frames, z, y, x), seed=_seed(rng))
-    return random_anatomy((z, y, x), seed=_seed(rng))[None]
+        image = random_cine((frames, z, y, x), seed=draw_seed(rng))
+    else:
+        image = random_anatomy((z, y, x), seed=draw_seed(rng))[None]
+    starts = [int(rng.integers(large - size + 1)) for large, size in zip(larger, matrix, strict=True)]
+    for axis, (start, size) in enumerate(zip(starts, matrix, strict=True), 1):
+        image = image.narrow(axis, start, size)
+    return add_phase(image, settings.phase, rng, smooth=False) if settings.phase > 0 else image
 
 
-def _whole(rng: np.random.Generator, span: tuple[int, int]) -> int:
-    return int(rng.integers(span[0], span[1] + 1))
+def draw_base(settings: DataSettings, preparation: Preparation, mixture: Mixture, rng: np.random.Generator) -> Base:
+    """Draw a scan, and estimate its maps as the scanner would.
+
+    Raises
+    ------
+    DataError
+        If the maps miss so much of the noise-free signal that no target could be consistent with the data.
+    ToolError
+        If BART fails.
+    """
+    scan = draw_scan(settings, mixture, rng)
+    kind = choose_kind(settings.masks, rng)
+    snr = _within(log_uniform(rng, settings.snr), scan)
+    k_space = _measure(scan, kind, snr, rng)
+    prepared = prepare(k_space, settings=replace(preparation, start_iterations=1))
+    complete = scan.complete
+    if preparation.coils is not None and preparation.coils < complete.shape[1]:
+        # The same matrix as inside `prepare`: it depends on the data alone.
+        matrix, _ = coil_compression_matrix(k_space.data, preparation.coils)
+        complete = compress_coils(complete, matrix)
+    everywhere = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
+    combined = Sense(prepared.coil_maps.data, everywhere, time=complete.shape[2]).adjoint(complete)
+    _check_maps(complete, combined, scan.noise, snr)
+    return Base(replace(scan, complete=complete), prepared.coil_maps, combined, kind, snr)
+
+
+def _check_maps(complete: Tensor, combined: Tensor, noise: float, snr: float) -> None:
+    total = float(complete.abs().square().sum())
+    # Noise in a measured truth lies in all coils alike, and the maps keep one image's share of it.
+    coils, samples = complete.shape[1], complete[:, 0].numel()
+    unavoidable = noise**2 * samples * (coils - combined.shape[1])
+    missed = (total - float(combined.abs().square().sum()) - unavoidable) / max(
+        total - noise**2 * complete.numel(), 1e-30
+    )
+    if not missed <= _MOST_MISSED + 1 / snr:
+        raise DataError(f"the estimated maps miss {missed:.1%} of the signal: the coil maps have failed.")
+
+
+def draw_example(base: Base, settings: DataSettings, preparation: Preparation, rng: np.random.Generator) -> Example:
+    """Draw one example of a base: a mask, noise and its strength anew, on the path of the scanner.
+
+    Raises
+    ------
+    DataError
+        If these data cannot be prepared.
+    """
+    least, most = (math.log(bound) for bound in settings.snr)
+    exponent = math.log(base.snr) + rng.uniform(-1, 1) * math.log(_SNR_SPREAD)
+    # What would leave the range is reflected into it: its ends are as frequent as its middle.
+    exponent = 2 * least - exponent if exponent < least else 2 * most - exponent if exponent > most else exponent
+    snr = _within(math.exp(min(max(exponent, least), most)), base.scan)
+    k_space = _measure(base.scan, base.kind, snr, rng)
+    prepared = prepare(k_space, coil_maps=base.coil_maps, settings=preparation)
+    return Example(prepared, base.combined * snr / prepared.scale.view(-1, 1, 1, 1, 1, 1))
+
+
+def _within(snr: float, scan: Scan) -> float:
+    """At most what leaves the noise of a measured truth small beside the noise of its data."""
+    if scan.noise == 0:
+        return snr
+    return min(snr, _NOISE / scan.noise / math.sqrt(1 + _LEAST_ADDED**2))
+
+
+def _measure(scan: Scan, kind: MaskSettings, snr: float, rng: np.random.Generator) -> KSpace:
+    """Undersampled data with noise of variance 2, in which the image has this SNR."""
+    frames, matrix = scan.complete.shape[2], scan.matrix
+    mask = draw_mask(kind, matrix, frames, rng)
+    generator = torch.Generator().manual_seed(draw_seed(rng))
+    missing = math.sqrt(max(0.0, 1 - (scan.noise * snr / _NOISE) ** 2))
+    data = scan.complete * snr + missing * complex_noise(tuple(scan.complete.shape), generator)
+    return KSpace(data * mask, mask, ScanInfo(matrix, matrix), Noise(whitened=True, source="simulated"))
 
 
 def _size(rng: np.random.Generator, span: tuple[int, int]) -> int:
-    size = _whole(rng, span)
+    size = whole(rng, span)
     return size if size < 4 else size // 4 * 4
-
-
-def _window(rng: np.random.Generator, whole: int, kept: int) -> slice:
-    start = int(rng.integers(whole - kept + 1))
-    return slice(start, start + kept)
-
-
-def _seed(rng: np.random.Generator) -> int:
-    return int(rng.integers(2**31))
