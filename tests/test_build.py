@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from melcore.errors import ConfigError
 from melcore.networks import SpaceTimeCNN
+from melcore.networks.noise_curve import weight_of
 from melcore.unrolled import MoDL, build
 
 RESNET: dict[str, Any] = {"name": "resnet", "dimensions": 3, "channels": 4, "layers": 3}
@@ -24,7 +26,7 @@ def test_options_reach_their_parts() -> None:
         {
             "scheme": "modl",
             "iterations": 1,
-            "mu": 0.3,
+            "mu": 20.0,
             "cg_iterations": 7,
             "regulariser": {"name": "spacetime", "dimensions": 2, "channels": 6, "time_padding": "circular"},
         }
@@ -32,7 +34,7 @@ def test_options_reach_their_parts() -> None:
     (iteration,) = model.iterations
     assert isinstance(iteration, MoDL)
     assert isinstance(iteration.regulariser, SpaceTimeCNN)
-    assert float(iteration.mu.detach()) == pytest.approx(0.3)
+    assert float(weight_of(iteration.mu, torch.tensor([0.1])).detach()) == pytest.approx(0.2)
     assert iteration.cg_iterations == 7
     assert iteration.regulariser.layers[1].padding == "circular"
 

@@ -112,9 +112,7 @@ def test_models_have_the_gradients_of_autograd(executor: Any, options: dict[str,
         results.append(gradients(made, problem, plan) | {"next random number": torch.rand(1)})
     assert distance(results[1], results[0]) < 1e-12
     torch.manual_seed(12)  # as another process of a distributed run has it
-    assert (
-        distance(gradients(made, problem, plan), {k: results[0][k] for k in results[0] if "next" not in k}) > 0.1
-    )
+    assert distance(gradients(made, problem, plan), {k: results[0][k] for k in results[0] if "next" not in k}) > 0.1
 
 
 @pytest.mark.parametrize("executor", ["store", "stream", "keep", "tile"])

@@ -21,9 +21,9 @@ NETWORK = NETWORKS[0]
 class Loss(nn.Module):
     """A model and its loss on one element of a batch of two."""
 
-    def __init__(self, made: Unrolled) -> None:
+    def __init__(self, made: Unrolled, executor: Any) -> None:
         super().__init__()
-        self.made = made
+        self.made, self.plan = made, MemoryPlan.uniform(executor, 3)
 
     def forward(self, index: int) -> torch.Tensor:
         problem = encoding(NETWORK.matrix, batch=2)
@@ -34,31 +34,30 @@ class Loss(nn.Module):
             torch.ones(1, 1, 1, *([1] * 4), dtype=torch.complex128).expand(1, 1, 2, 1, *NETWORK.matrix[1:]), mask
         )
         data = problem.adjoint_data[index : index + 1]
-        return self.made.refine(Encoding(part, data), data).abs().square().sum()
+        problem = Encoding(part, data, problem.sigma[index : index + 1])
+        return self.made.refine(problem, data, memory=self.plan).abs().square().sum()
 
 
-def make(executor: Any) -> Unrolled:
-    made = model(NETWORK.make, count=3)
-    made.memory = MemoryPlan.uniform(executor, 3)
-    return made
+def make() -> Unrolled:
+    return model(NETWORK.make, count=3)
 
 
 def _process(rank: int, folder: str, executor: Any, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        made = make(executor)
+        made = make()
         calls: dict[str, int] = {}
         if kind == "ddp":
             for name, parameter in made.named_parameters():
                 parameter.register_post_accumulate_grad_hook(
                     lambda _, name=name: calls.__setitem__(name, calls.get(name, 0) + 1)
                 )
-            wrapped: nn.Module = DistributedDataParallel(Loss(made))
+            wrapped: nn.Module = DistributedDataParallel(Loss(made, executor))
         else:
             from torch.distributed.fsdp import fully_shard
 
-            wrapped = Loss(made)
+            wrapped = Loss(made, executor)
             # FSDP2 refuses scalar parameters; the few there are stay whole, and their gradients are each process's own.
             fully_shard(wrapped, ignored_params={p for p in made.parameters() if p.ndim == 0})
         for _ in range(2):
@@ -79,8 +78,9 @@ def _process(rank: int, folder: str, executor: Any, kind: str) -> None:
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path, kind: str, executor: Any) -> None:
     torch.multiprocessing.spawn(_process, (str(tmp_path), executor, kind), nprocs=2)
     result = torch.load(tmp_path / "result.pt")
-    made = make("plain")
-    ((Loss(made)(0) + Loss(made)(1)) / 2).backward()
+    made = make()
+    loss = Loss(made, "plain")
+    ((loss(0) + loss(1)) / 2).backward()
     expected = {name: p.grad for name, p in made.named_parameters() if kind == "ddp" or p.ndim > 0}
     result["gradients"] = {name: value for name, value in result["gradients"].items() if name in expected}
     assert distance(result["gradients"], expected) < 1e-12  # type: ignore[arg-type]

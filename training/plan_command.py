@@ -120,7 +120,6 @@ def _draw(path: Path, costs: "Costs", chosen: "MemoryPlan", budget: int) -> None
     """Time against memory: the fastest plan for every budget, and what others do."""
     from melcore.errors import MemoryBudgetError, MissingDependencyError
     from melcore.memory import MemoryPlan
-    from melcore.memory.costs import MARGIN
     from melcore.memory.planner import choose
 
     try:
@@ -132,11 +131,9 @@ def _draw(path: Path, costs: "Costs", chosen: "MemoryPlan", budget: int) -> None
         plan = costs.predict(plan)
         return (plan.predicted_peak_bytes or 0) / 2**30, plan.relative_time or 0
 
-    reversal, reversal_time = costs.published_reversal()
     marks: dict[str, tuple[float, float]] = {
         "plain": predicted(MemoryPlan.uniform("plain", costs.count)),
         "checkpoint": predicted(MemoryPlan.uniform("checkpoint", costs.count)),
-        "published reversal": (reversal * (1 + MARGIN) / 2**30, reversal_time),
         "this plan": ((chosen.predicted_peak_bytes or 0) / 2**30, chosen.relative_time or 0),
     }
     points: list[tuple[float, float]] = []

@@ -25,8 +25,6 @@ from melcore.memory.unit import Unit
 FOURIER_COST = 10.0
 #: What convolution libraries and the allocator use besides what the meter sees, as a part of the peak.
 MARGIN = 0.05
-# Evaluations of a network that compute its input back by a fixed-point iteration: it takes 5 to 20.
-_FIXED_POINT = 10
 
 
 @dataclass(frozen=True)
@@ -167,10 +165,7 @@ class Costs:
         for entry in plan.iterations:
             network = self.network(entry)
             total += network.work + network.backward_work + physics.work + physics.backward_work
-            if entry.states == "reverse":
-                exact = hasattr(self.iteration.regulariser, "inverse")
-                total += physics.work + network.work * (1 if exact else _FIXED_POINT)
-            elif entry.executor != "plain":
+            if entry.executor != "plain":
                 total += physics.work * (1 if entry.hold_physics or entry.keep_input else 2)
             if entry.executor == "checkpoint":
                 total += network.work
@@ -192,9 +187,7 @@ class Costs:
             here = self.state
             peak = max(peak, states + here + physics.forward, states + here + self.image + network.forward)
             states += self._kept(entry, first=number == 0)
-            computed_back = entry.states == "reverse" and number > 0
-            backward = self._computed_back(entry) if computed_back else self._backward(entry)
-            peak = max(peak, states + backward)
+            peak = max(peak, states + self._backward(entry))
         tail = states + self.state + physics.kept + self.state + physics.backward
         return self.fixed + max(peak, tail)
 
@@ -225,17 +218,6 @@ class Costs:
             0 if entry.executor == "plain" else physics.forward + incoming,
         )
 
-    def _computed_back(self, entry: IterationPlan) -> int:
-        """The same where the unit's inputs are computed back from its outputs first, and every state is certified."""
-        network, physics, around = self.network(entry), self.physics, self.state + self.state
-        held = physics.kept + network.kept if entry.executor == "checkpoint" else self.image
-        return around + max(
-            2 * self.image + network.forward,
-            self.image + physics.forward,
-            held + network.backward,
-            physics.kept + self.image + physics.backward,
-        )
-
     def predict(self, plan: MemoryPlan, *, margin: float = MARGIN) -> MemoryPlan:
         """The plan with its predicted peak, margin included, and its time relative to plain backpropagation."""
         plain = MemoryPlan((IterationPlan(),) * self.count)
@@ -244,20 +226,6 @@ class Costs:
             predicted_peak_bytes=round(self.peak(plan) * (1 + margin)),
             relative_time=self.work(plan) / self.work(plain),
         )
-
-    def published_reversal(self, fixed_point_steps: int = 5) -> tuple[int, float]:
-        """Peak, without margin, and relative time of Wang et al. 2021, which this engine is to be compared with.
-
-        States are not kept but recovered: the data consistency's in closed form, the regulariser's by so many
-        evaluations in a fixed-point iteration. Then the iteration is differentiated as a whole.
-        """
-        plain, physics = IterationPlan(), self.physics
-        network = self.network(plain)
-        graph = physics.kept + network.kept + 3 * self.state
-        peak = self.fixed + graph + max(network.backward, physics.backward - network.kept)
-        evaluations = 2 + fixed_point_steps
-        once = evaluations * network.work + network.backward_work + 3 * physics.work + physics.backward_work
-        return peak, self.count * once / self.work(MemoryPlan((plain,) * self.count))
 
 
 def _begin(meter: Meter) -> int:

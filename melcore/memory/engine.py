@@ -8,7 +8,6 @@ from torch import Tensor
 from melcore.errors import ConfigError, DataError
 from melcore.memory.plan import IterationPlan, MemoryPlan
 from melcore.memory.protocols import E, IterationLike, State
-from melcore.memory.reversal import Reversal
 from melcore.memory.states import Shelf
 from melcore.memory.unit import Unit, execute
 
@@ -41,9 +40,7 @@ def run(iterations: Sequence[IterationLike[E]], state: State, encoding: E, plan:
             f"the memory plan is made for {len(plans)} iterations, but the model has {len(iterations)}: make a new one."
         )
     sizes = [_size(state[0])]
-    undone = torch.is_grad_enabled() and any(entry.states == "reverse" for entry in plans)
-    reversal = Reversal(iterations, plans) if undone else None
-    shelf = Shelf(sum(entry.states == "slots" for entry in plans), plan.slots if plan else 0, reversal)
+    shelf = Shelf(sum(entry.states == "slots" for entry in plans), plan.slots if plan else 0)
     tensors = state
     for index, (previous, current, entry) in enumerate(zip((None, *iterations), iterations, plans, strict=False)):
         tensors = execute(Unit(previous, current, entry), tensors, encoding, shelf, index)

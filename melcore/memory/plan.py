@@ -8,7 +8,7 @@ from melcore.errors import ConfigError
 from melcore.units import format_bytes
 
 Executor = Literal["plain", "checkpoint", "store", "keep", "nested", "tile", "stream", "reverse"]
-States = Literal["device", "host", "slots", "reverse"]
+States = Literal["device", "host", "slots"]
 Precision = Literal["full", "bfloat16"]
 Axis = Literal["readout", "time"]
 Way = Literal["channels_last", "contiguous", "sliced"]
@@ -44,12 +44,7 @@ class IterationPlan:
         For ``keep``: in which precision activations are kept; ``"bfloat16"`` halves them and makes gradients inexact.
     states
         Where what the forward keeps of this iteration waits for the backward: on the ``device``, in pinned ``host``
-        memory, or in ``slots``: not at all, to be computed again from the nearest one that was kept. ``reverse``: not
-        at all either, to be computed back from the iteration after; of that, only a certificate is kept, and what it
-        does not confirm is computed forward again (`melcore.memory.reversal`).
-    reversal_bound
-        For states in ``reverse``: the largest relative error of one; None is the square root of the precision's
-        epsilon, 3e-4 in single and 1.5e-8 in double precision.
+        memory, or in ``slots``: not at all, to be computed again from the nearest one that was kept.
     axis
         Along which ``stream`` and ``keep`` advance: the ``readout``, or ``time``, for series of many frames.
     convolution
@@ -65,7 +60,6 @@ class IterationPlan:
     kept_layers: int | None = None
     precision: Precision = "full"
     states: States = "device"
-    reversal_bound: float | None = None
     axis: Axis = "readout"
     convolution: Way = "channels_last"
 
@@ -81,11 +75,6 @@ class IterationPlan:
                 raise ConfigError(f"there is no {what} {value!r}: choose one of {', '.join(known)}.")
         if self.states == "slots" and (self.keep_input or self.executor in ("plain", "keep", "reverse")):
             raise ConfigError(f"states in slots are computed again, but {self.executor} is to keep more than a state.")
-        if self.states == "reverse" and (self.keep_input or self.executor in ("plain", "keep")):
-            more = "the regulariser's input" if self.keep_input else "activations"
-            raise ConfigError(f"states that are computed back are kept nowhere, but {self.executor} is to keep {more}.")
-        if self.reversal_bound is not None and not 0 < self.reversal_bound < 1:
-            raise ConfigError(f"the bound of relative errors is between 0 and 1, but is {self.reversal_bound}.")
         if self.chunk < 1:
             raise ConfigError(f"a chunk has at least 1 plane, but {self.chunk} were asked for.")
 
@@ -96,8 +85,6 @@ class IterationPlan:
             name += " along time"
         if self.executor == "plain":
             return name, "everything", "device"
-        if self.states == "reverse":
-            return name, "certificate", "nowhere, computed back"
         kept = "input and output" if self.keep_input else "output"
         if self.executor == "keep":
             layers = "all layers" if self.kept_layers is None else f"last {self.kept_layers} layers"

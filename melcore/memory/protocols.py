@@ -42,27 +42,6 @@ class IterationLike(Protocol[E_contra]):
         """Itself and everything inside."""
 
 
-@runtime_checkable
-class UndoableLike(IterationLike[E_contra], Protocol[E_contra]):
-    """An iteration whose physics can be undone, so that states need not be kept; optional."""
-
-    irreversible: str | None  #: why they cannot be undone after all, or None
-
-    def undo_before(self, x: Tensor, carry: State, encoding: E_contra, /) -> State:
-        """The state of which `x` and `carry` are the `before`."""
-
-    def undo_after(self, state: State, encoding: E_contra, /) -> tuple[Tensor, State]:
-        """The regulariser's output and the carried images of which `state` is the `after`."""
-
-
-@runtime_checkable
-class InvertibleLike(Protocol):
-    """A regulariser whose input follows from its output."""
-
-    def inverse(self, y: Tensor, /) -> Tensor:
-        """The image that the regulariser maps to `y`."""
-
-
 class LayerLike(Protocol):
     """A convolution and a leaky ReLU, along space or along time; see `melcore.networks.LocalLayer`."""
 

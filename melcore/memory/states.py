@@ -6,13 +6,13 @@ follows Griewank and Walther, Algorithm 799: Revolve, ACM Trans Math Softw 26:19
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from melcore.memory.reversal import Advance, Reversal
+Advance = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,12 +58,9 @@ class Shelf:
         How many units, from the first, have their states in slots.
     slots
         How many of their inputs are kept at a time, besides the first.
-    reversal
-        Of the units whose states are computed back, if there are any.
     """
 
-    def __init__(self, length: int, slots: int, reversal: Reversal[Any] | None = None) -> None:
-        self.reversal = reversal
+    def __init__(self, length: int, slots: int) -> None:
         self._slots = slots
         self._wanted = {0, *placements(length, slots)}
         self._kept: dict[int, list[Tensor]] = {}

@@ -5,12 +5,10 @@ iteration: a unit is the physics that leads to a regulariser, ``before`` and the
 then the regulariser. What a unit saves is the output of the regulariser before it. From that the backward runs the
 physics once, with what its differentiation needs, which gives the regulariser's input for its own recomputation;
 neither the network nor the data consistency is ever computed for the sake of the other. Behind the last regulariser
-follows a tail of physics alone. Where states are computed back, a unit saves not even that output but a certificate of
-it, and the unit behind hands it on (`melcore.memory.reversal`).
+follows a tail of physics alone.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic
@@ -20,10 +18,8 @@ from torch import Tensor, nn
 
 from melcore.errors import MelError
 from melcore.memory import executors
-from melcore.memory.certificate import Certificate
 from melcore.memory.plan import IterationPlan
-from melcore.memory.protocols import E, Gradients, IterationLike, State, UndoableLike
-from melcore.memory.reversal import invert
+from melcore.memory.protocols import E, Gradients, IterationLike, State
 from melcore.memory.states import Shelf
 from melcore.memory.surroundings import Surroundings
 
@@ -74,15 +70,6 @@ class Unit(Generic[E]):
             for table, name, parameter in changed:
                 table[name] = parameter
 
-    def undo(self, outputs: State, encoding: E, regularise: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        """The regulariser's input and the unit's inputs, from its outputs; `regularise` computes the regulariser."""
-        assert isinstance(self.current, UndoableLike)
-        assert isinstance(self.previous, UndoableLike)
-        x = invert(regularise, self.current.regulariser, outputs[0])
-        state = self.current.undo_before(x, outputs[1:], encoding)
-        regularised, carry = self.previous.undo_after(state, encoding)
-        return x, (regularised, *carry)
-
     def __call__(self, inputs: State, encoding: E) -> State:
         """Compute the unit as one piece."""
         x, carry = self.physics(inputs, encoding)
@@ -106,21 +93,15 @@ def execute(unit: Unit[E], inputs: State, encoding: E, shelf: Shelf, index: int)
     return _forward(unit, inputs, encoding)[0]
 
 
-def _forward(
-    unit: Unit[Any], inputs: State, encoding: Any, *, certified: bool = False
-) -> tuple[State, Sequence[Tensor], tuple[Certificate, ...]]:
-    """Outputs of a unit, what its executor keeps, and certificates of the regulariser's input and of its own inputs.
-
-    Called without automatic differentiation.
-    """
+def _forward(unit: Unit[Any], inputs: State, encoding: Any) -> tuple[State, Sequence[Tensor]]:
+    """Outputs of a unit, and what its executor keeps; called without automatic differentiation."""
     x, carry = unit.physics(inputs, encoding)
-    certificates = (Certificate.of((x,)), Certificate.of(inputs)) if certified else ()
     if unit.plan.executor == "checkpoint":
-        return (unit.current.regulariser(x), *carry), (), certificates
+        return (unit.current.regulariser(x), *carry), ()
     output, kept = executors.make(unit.plan, unit.current.regulariser).forward(unit.current.regulariser, x)
     if unit.plan.keep_input:
         kept = (x, *kept)
-    return (output, *carry), kept, certificates
+    return (output, *carry), kept
 
 
 class _Recomputed(torch.autograd.Function):
@@ -135,28 +116,19 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         surroundings = ctx.surroundings = Surroundings(inputs[0])
         shelf, index = place
-        reversal = shelf.reversal
-        undone = reversal is not None and reversal.recovers(index)
         with surroundings.autocast():
-            outputs, kept, ctx.certificates = _forward(unit, inputs, encoding, certified=undone)
+            outputs, kept = _forward(unit, inputs, encoding)
 
         def advance(state: Sequence[Tensor]) -> Sequence[Tensor]:
             with surroundings.restored(), torch.no_grad():
                 return _forward(unit, tuple(state), encoding)[0]
 
-        exact: Callable[[], Sequence[Tensor]] | None = None
         if unit.plan.states == "slots":
             shelf.remember(index, inputs, advance)
         elif unit.plan.states == "host":
-            parked = shelf.park(index, (*inputs, *kept))
-            exact = lambda: parked.get()[:count]  # noqa: E731
-        elif undone and reversal is not None:
-            ctx.save_for_backward(*(outputs if reversal.keeps_outputs(index) else ()))
+            shelf.park(index, (*inputs, *kept))
         else:
             ctx.save_for_backward(*inputs, *kept)
-            exact = _Saved(ctx)
-        if reversal is not None and unit.plan.states != "slots":
-            reversal.enter(index, advance, exact)
         return outputs
 
     @staticmethod
@@ -171,17 +143,12 @@ class _Recomputed(torch.autograd.Function):
         shelf, index = ctx.place
         saved: Sequence[Tensor]
         known: list[Tensor] = []
-        undone = 0
         if unit.plan.states == "slots":
             saved = shelf.recall(index)
         elif unit.plan.states == "host":
             saved = shelf.fetch(index)
-        elif ctx.certificates:
-            saved, known, undone = shelf.reversal.recall(index, ctx.saved_tensors, _undo(ctx), ctx.certificates)
         else:
             saved = ctx.saved_tensors
-        if shelf.reversal is not None:
-            shelf.reversal.hand_on(index, saved[: ctx.count], undone)
         inputs = [
             tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved[: ctx.count], needed[: ctx.count], strict=True)
@@ -204,33 +171,6 @@ class _Recomputed(torch.autograd.Function):
         by_leaf = iter(found)
         results = [next(by_leaf) if tensor.requires_grad else None for tensor in (*inputs, data)]
         return None, None, None, None, *results, *by_leaf
-
-
-class _Saved:
-    """The inputs that a unit saved; whoever holds this does not hold them, so that they are freed as they are used."""
-
-    def __init__(self, ctx: Any) -> None:
-        self._ctx, self._count = weakref.ref(ctx), ctx.count
-
-    def __call__(self) -> Sequence[Tensor]:
-        return tuple(tensor.detach() for tensor in self._ctx().saved_tensors[: self._count])  # type: ignore[union-attr]
-
-
-def _undo(ctx: Any) -> Callable[[State], tuple[Tensor, State]]:
-    """From the outputs of a unit to its inputs, in the surroundings that it was computed in."""
-    unit: Unit[Any] = ctx.unit
-    regulariser = unit.current.regulariser
-    executor = executors.make(unit.plan, regulariser) if unit.plan.executor != "checkpoint" else None
-
-    def regularise(image: Tensor) -> Tensor:
-        with ctx.surroundings.restored():  # with the same random numbers each time
-            return regulariser(image) if executor is None else executor.forward(regulariser, image)[0]
-
-    def undo(outputs: State) -> tuple[Tensor, State]:
-        with ctx.surroundings.restored(), torch.no_grad():
-            return unit.undo(outputs, ctx.encoding, regularise)
-
-    return undo
 
 
 def _separately(

@@ -1,7 +1,7 @@
 """Analysis filters: a bank of small real convolutions, applied to the real and the imaginary part alike.
 
-Complex magnitudes of what they find do not depend on the image's phase, so that whatever is built on magnitudes alone is
-exactly equivariant to it.
+Complex magnitudes of what they find do not depend on the image's phase, so that whatever is built on magnitudes alone
+is exactly equivariant to it.
 """
 
 import itertools

@@ -13,8 +13,8 @@ _KNOTS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 class NoiseCurve(nn.Module):
     """Positive weights as functions of the noise level, linear in ``(log sigma, log weight)`` between a few knots.
 
-    Beyond the outer knots the outer pieces go on. A power law was too stiff: at a signal-to-noise ratio of 8 its network
-    did 3 dB better when it was told half the noise.
+    Beyond the outer knots the outer pieces go on. A power law was too stiff: at a signal-to-noise ratio of 8 its
+    network did 3 dB better when it was told half the noise.
 
     Parameters
     ----------

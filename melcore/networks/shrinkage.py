@@ -1,9 +1,9 @@
 """The dual step of a learned analysis prior: filters, and thresholds that follow noise, undersampling and place.
 
-Learned filters: Hammernik et al., Learning a variational network for reconstruction of accelerated MRI data, Magn Reson
-Med 79:3055 (2018). Thresholds that a network sets for every place: Kofler et al., Learning regularization parameter maps
-for variational image reconstruction using deep neural networks and algorithm unrolling, SIAM J Imaging Sci 16:2202
-(2023).
+Learned filters: Hammernik et al., Learning a variational network for reconstruction of accelerated MRI data, Magn
+Reson Med 79:3055 (2018). Thresholds that a network sets for every place: Kofler et al., Learning regularization
+parameter maps for variational image reconstruction using deep neural networks and algorithm unrolling, SIAM J Imaging
+Sci 16:2202 (2023).
 """
 
 import math
@@ -88,8 +88,9 @@ class Shrinkage(Regulariser):
     """``u = clip(u + step * W x, threshold)`` and ``W^H u``: the dual step of ``|threshold * W x|_1``.
 
     It acts on a stack of real channels: the image, the dual variable of each filter, maps of place, and two constants,
-    the logarithms of noise level and acceleration. A stack is ``(row, time, z, channel, y, x)``; real and imaginary part
-    of an image are rows that follow each other. The result is a stack too, with ``W^H u`` in the place of the image.
+    the logarithms of noise level and acceleration. A stack is ``(row, time, z, channel, y, x)``; real and imaginary
+    part of an image are rows that follow each other. The result is a stack too, with ``W^H u`` in the place of the
+    image.
 
     Parameters
     ----------

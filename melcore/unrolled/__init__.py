@@ -10,4 +10,16 @@ from melcore.unrolled.primal_dual import PrimalDual
 from melcore.unrolled.proximal_gradient import ProximalGradient
 from melcore.unrolled.varnet import VarNet
 
-__all__ = ["ADMM", "Encoding", "Iteration", "MoDL", "PrimalDual", "ProximalGradient", "State", "Unrolled", "VarNet", "build", "plan"]
+__all__ = [
+    "ADMM",
+    "Encoding",
+    "Iteration",
+    "MoDL",
+    "PrimalDual",
+    "ProximalGradient",
+    "State",
+    "Unrolled",
+    "VarNet",
+    "build",
+    "plan",
+]

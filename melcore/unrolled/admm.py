@@ -9,9 +9,9 @@ from torch import Tensor
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
+from melcore.networks.noise_curve import NoiseCurve, weight_of
 from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
-from melcore.networks.noise_curve import NoiseCurve, weight_of
 
 
 class ADMM(Iteration):
@@ -29,11 +29,6 @@ class ADMM(Iteration):
     cg_iterations, relative_tolerance, gradient
         As for `melcore.unrolled.MoDL`; conjugate gradients begin from ``z - u``.
     """
-
-    # An iteration leaves s' = x + u and the network of it. The s before follows from
-    # (A^H A + rho) (s' - s + network(s)) = A^H y + rho (2 network(s) - s):
-    # there is no closed form, and a fixed point only for networks within about rho of the identity.
-    irreversible = "image and dual variable leave as their sum, so neither step can be undone without the other"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from melcore.errors import ConfigError, ShapeError
+from melcore.errors import ShapeError
 from melcore.networks import Regulariser
 from melcore.physics import LinearOperator
 
@@ -82,8 +82,6 @@ class Iteration(nn.Module, ABC):
     """One iteration of a scheme. Its state is a tuple of images, the reconstruction first."""
 
     regulariser: Regulariser
-    #: Why `undo_before` and `undo_after` cannot compute states back from later ones, or None if they can.
-    irreversible: str | None = "it declares no way back"
 
     def start(self, initial: Tensor, encoding: Encoding) -> State:  # noqa: ARG002
         """State before the first iteration, from an initial image."""
@@ -96,18 +94,6 @@ class Iteration(nn.Module, ABC):
     @abstractmethod
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:
         """The next state, from the regulariser's output and what `before` passed on."""
-
-    def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
-        """The state of which ``(x, carry)`` is the `before`; needed only for memory plans with states in ``reverse``.
-
-        Need not be exact: every state that is computed back is compared with a certificate of the true one. Called
-        without automatic differentiation.
-        """
-        raise ConfigError(f"{type(self).__name__} cannot be undone: {self.irreversible}.")
-
-    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:  # noqa: ARG002
-        """The `regularised` and `carry` of which `state` is the `after`; see `undo_before`."""
-        raise ConfigError(f"{type(self).__name__} cannot be undone: {self.irreversible}.")
 
     def forward(self, state: State, encoding: Encoding) -> State:
         """The next state."""

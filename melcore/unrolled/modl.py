@@ -8,9 +8,9 @@ from torch import Tensor
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
+from melcore.networks.noise_curve import NoiseCurve, weight_of
 from melcore.physics import GradientMode, data_consistency
 from melcore.unrolled.iteration import Encoding, Iteration, State
-from melcore.networks.noise_curve import NoiseCurve, weight_of
 
 
 class MoDL(Iteration):
@@ -33,8 +33,6 @@ class MoDL(Iteration):
         ``"exact"``: of the iterations as they are executed. ``"implicit"``: of the solution that they approach; needs a
         `relative_tolerance`, and warns where it is not reached. See `melcore.physics.data_consistency`.
     """
-
-    irreversible = None
 
     def __init__(
         self,
@@ -73,12 +71,3 @@ class MoDL(Iteration):
             gradient=self.gradient,
         )
         return (x,)
-
-    def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
-        """See `Iteration.undo_before`."""
-        return (x * encoding.network_unit,)
-
-    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
-        """``z = x + (A^H A x - A^H y) / mu``, right if conjugate gradients converged: off by their residual over mu."""
-        z = encoding.operator.normal(state[0]) - encoding.adjoint_data
-        return z.div_(weight_of(self.mu, encoding.sigma)).add_(state[0]).div_(encoding.network_unit), ()

@@ -5,6 +5,7 @@ Condat, A primal-dual splitting method for convex optimization, J Optim Theory A
 """
 
 import math
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,6 @@ class PrimalDual(Iteration):
         ``1 / t - s >= 1 / 2``.
     """
 
-    irreversible = "a dual variable that was clipped tells nothing of what it was"
     regulariser: Shrinkage
 
     def __init__(self, regulariser: Shrinkage, *, step: float = 1.0, relaxation: float = 1.0) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from melcore.errors import ConfigError
 from melcore.networks import Regulariser
-from melcore.physics import conjugate_gradient
 from melcore.unrolled.iteration import Encoding, Iteration, State
 
 
@@ -29,8 +28,6 @@ class ProximalGradient(Iteration):
         steps below 2 stable.
     """
 
-    irreversible = None
-
     def __init__(self, regulariser: Regulariser, *, step: float = 1.0) -> None:
         super().__init__()
         if step <= 0:
@@ -47,23 +44,3 @@ class ProximalGradient(Iteration):
     def after(self, regularised: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
         """See `Iteration.after`."""
         return (regularised * encoding.network_unit,)
-
-    def undo_before(self, x: Tensor, carry: State, encoding: Encoding) -> State:  # noqa: ARG002
-        """Solve ``state - step * A^H A state = x - step * A^H y``, which has a solution for steps below ``1 / |A|^2``.
-
-        Steps of 1 replace what was measured, and leave no trace of it.
-        """
-        step, normal = self.log_step.exp(), encoding.operator.normal
-        x = x * encoding.network_unit
-        solution = conjugate_gradient(
-            lambda image: image - step * normal(image),
-            x - step * encoding.adjoint_data,
-            initial=x,
-            relative_tolerance=4 * torch.finfo(x.dtype).eps,
-            max_iterations=50,
-        )
-        return (solution.value,)
-
-    def undo_after(self, state: State, encoding: Encoding) -> tuple[Tensor, State]:
-        """See `Iteration.undo_after`."""
-        return state[0] / encoding.network_unit, ()

@@ -27,8 +27,6 @@ class VarNet(Iteration):
         Initial step size of the data term, learned as ``exp(log_step)``.
     """
 
-    irreversible = "network and data step start from one image, so neither can be undone without the other"
-
     def __init__(self, regulariser: Regulariser, *, step: float = 1.0) -> None:
         super().__init__()
         if step <= 0:
