@@ -41,8 +41,8 @@ def noise_part(prepared: Prepared) -> float:
 
 
 def map_support(prepared: Prepared) -> float:
-    """Fraction of the field of view in which the coil maps are not zero; near 0 or 1 it tells of failed maps."""
-    return float((prepared.coil_maps.data.abs().sum(2) > 0).float().mean())
+    """Fraction of the field of view in which signal was found; near 0 or 1 it tells of failed maps."""
+    return float(prepared.support[:, 0].float().mean())
 
 
 def acceleration(prepared: Prepared) -> float:

@@ -198,8 +198,7 @@ class Reconstructor:
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
         timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
-        support = prepared.coil_maps.data.abs().sum(2) > 0
-        image = (image * support).cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
+        image = image.cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
         info = k_space.info
         if treated.record:
             info = replace(info, provenance={**info.provenance, "partial_fourier": treated.record})
@@ -344,6 +343,7 @@ def _element(prepared: Prepared, index: int) -> Prepared:
         coil_maps=maps,
         initial=prepared.initial[one],
         scale=prepared.scale[one],
+        support=prepared.support[one],
         sigma=prepared.sigma[one],
     )
 

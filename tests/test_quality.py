@@ -1,21 +1,25 @@
 """Figures of quality mean what they say, and doubtful images are recorded, warned of, or not delivered."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from melcore.bundle import Bundle
 from melcore.cli import main
 from melcore.data import CoilMaps, KSpace, Noise
 from melcore.errors import ConfigError
 from melcore.io.images import read_images
+from melcore.memory import MemoryPlan
 from melcore.physics import Sense, fft
 from melcore.preprocess.preparation import prepare
 from melcore.quality import data_residual, noise_part
 from melcore.reconstruct import Reconstructor
+from melcore.unrolled import Encoding, Unrolled
 from tests.laws import random
 from tests.test_reconstruct import MATRIX, bundle, disc, exam, smooth_maps
 
@@ -40,14 +44,26 @@ def whitened(level: float) -> KSpace:
     return replace(quiet, data=data, noise=Noise(whitened=True, source="scan"))
 
 
-def stubborn(card: dict[str, object] | None = None) -> Bundle:
-    """A network that wins over the data: its consistency step trusts the regulariser, which distorts."""
-    made = replace(bundle(), card=card or {})
-    with torch.no_grad():
-        for iteration in made.model.distinct:
-            iteration.log_mu.fill_(9.0)
-            iteration.regulariser.layers[-1].bias.fill_(0.5)
-    return made
+class Drawn(Unrolled):
+    """In place of a network: its start image, changed by a function of it."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(bundle().model.iterations)
+        self.change = change
+
+    def refine(self, _encoding: Encoding, initial: Tensor, *, memory: MemoryPlan | None = None) -> Tensor:
+        """See `Unrolled.refine`."""
+        assert memory is None
+        return self.change(initial)
+
+
+def drawn(change: Callable[[Tensor], Tensor] = lambda image: image) -> Bundle:
+    return replace(bundle(), model=Drawn(change), card=CARD)
+
+
+def stubborn() -> Bundle:
+    """A network that wins over the data."""
+    return drawn(lambda image: image + 0.5)
 
 
 @pytest.mark.parametrize("level", [0.02, 0.2])
@@ -60,10 +76,18 @@ def test_a_perfect_image_departs_from_the_data_by_their_noise(level: float) -> N
     assert data_residual(truth, prepared) == pytest.approx(expected, rel=0.03)
 
 
-def test_the_noise_is_unknown_unless_the_data_were_whitened() -> None:
-    assert noise_part(prepare(exam(), coil_maps=known_maps())) is None
-    upstream = replace(whitened(0.1), noise=Noise(whitened=True, source="upstream"))
-    assert noise_part(prepare(upstream, coil_maps=known_maps())) is None
+def test_the_noise_is_estimated_unless_the_data_were_whitened() -> None:
+    """The level of a server's data is believed where the data do not contradict it."""
+    for k_space, source, level in (
+        (whitened(0.1), "scan", 0.1414),
+        (exam(level=0.1), "estimated", 0.1),
+        (replace(whitened(0.1), noise=Noise(whitened=True, source="upstream")), "scan", 0.1414),
+        (replace(exam(level=0.02), noise=Noise(whitened=True, source="upstream")), "estimated", 0.02),
+    ):
+        prepared = prepare(k_space, coil_maps=known_maps())
+        assert prepared.sigma_source == source
+        # The disc has amplitude 1, and the scale is that of its brightest part.
+        assert float(prepared.sigma) * 1.6 == pytest.approx(level, rel=0.2)
     assert "noise_part" in Reconstructor("cg-sense")(whitened(0.1), known_maps()).quality
 
 

@@ -172,7 +172,8 @@ def execute(
     maps = _tensor(layout.coil_maps_from_bart(answer[0])[0, :, :, 0])
     eigenvalues = _tensor(layout.image_from_bart(answer[1])[0, :, 0].real)
     # A slice of air: nothing is cropped, so that its image is noise instead of a failure.
-    threshold = plan.crop if bool((eigenvalues[0] > plan.crop).any()) else -1.0
+    cropped = plan.crop > 0 and bool((eigenvalues[0] > plan.crop).any())
+    threshold = plan.crop if cropped else -1.0
     if plan.interpolated:
         reference = _principal_component(torch.from_numpy(centre), maps[0])
         fine = eigenvalues.new_empty(plan.sets, *plan.shape)

@@ -224,13 +224,13 @@ def _wait(
 ) -> tuple[str, str]:
     end = None if timeout is None else time.monotonic() + timeout
     while True:
+        if cancel is not None and cancel.is_set():
+            raise ToolError(f"{name} was cancelled.")
         rest = None if end is None else max(end - time.monotonic(), 0)
         wait = rest if cancel is None else _POLL if rest is None else min(rest, _POLL)
         try:
             return process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
-            if cancel is not None and cancel.is_set():
-                raise ToolError(f"{name} was cancelled.") from None
             if end is not None and time.monotonic() >= end:
                 raise ToolError(
                     f"{name} did not end within {timeout:.3g} s and was stopped: allow it more time."

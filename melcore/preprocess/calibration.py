@@ -56,8 +56,8 @@ def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -
     return region[0], region[1], region[2]
 
 
-def signal_within(k_space: torch.Tensor, coil_maps: torch.Tensor, region: tuple[int, int, int]) -> float:
-    """Fraction of the signal that lies where the coil maps are not zero, at the resolution of the calibration region.
+def signal_within(k_space: torch.Tensor, coil_maps: torch.Tensor, region: tuple[int, int, int]) -> tuple[float, float]:
+    """How much of the signal the coil maps can show, at the resolution of the calibration region.
 
     Parameters
     ----------
@@ -67,12 +67,30 @@ def signal_within(k_space: torch.Tensor, coil_maps: torch.Tensor, region: tuple[
         Complex ``(batch, set, coil, 1, z, y, x)``.
     region
         Size ``(z, y, x)`` of the calibration region.
+
+    Returns
+    -------
+    covered
+        Fraction of the energy that lies where the maps are not zero.
+    explained
+        Fraction of the energy of the coil images that is the maps' times an image: less than 1 for noise, and for maps
+        of other coils. The sets are taken as orthogonal, which ESPIRiT's are.
     """
-    centre, support = k_space, (coil_maps != 0).any(2).any(1)
+    centre, maps = k_space, coil_maps[:, :, :, 0]
     for axis, (size, used) in enumerate(zip(k_space.shape[3:], region, strict=True), -3):
         centre = centre.narrow(axis, size // 2 - used // 2, used)
         # A voxel of the small grid is covered if the voxel of the maps in its middle is.
         positions = ((torch.arange(used) - used // 2) * size / used).round().long() + size // 2
-        support = support.index_select(axis, positions.clamp(0, size - 1).to(support.device))
-    energy = ifft(centre, (-3, -2, -1)).abs().square().sum(1)
-    return float((energy * support).sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))
+        maps = maps.index_select(axis, positions.clamp(0, size - 1).to(maps.device))
+    coil_images = ifft(centre, (-3, -2, -1))
+    energy = coil_images.abs().square().sum(1)
+    tiny = torch.finfo(energy.dtype).tiny
+    power = maps.abs().square().sum(2)  # (batch, set, z, y, x)
+    along = sum(
+        (maps[:, one].conj().unsqueeze(2) * coil_images).sum(1).abs().square()
+        / power[:, one].unsqueeze(1).clamp(min=tiny)
+        for one in range(maps.shape[1])
+    )
+    support = (power > 0).any(1).unsqueeze(1)
+    total = energy.sum().clamp(min=tiny)
+    return float((energy * support).sum() / total), float(torch.as_tensor(along).sum() / total)

@@ -17,12 +17,13 @@ from melcore.physics import LinearOperator, Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region, signal_within
 from melcore.preprocess.compression import coil_compression_matrix, compress_coils
 from melcore.preprocess.noise_level import whitened_by_estimate
-from melcore.preprocess.scaling import image_scale
+from melcore.preprocess.scaling import low_resolution_image, scale_within
 
 # Of the signal. Pure noise has about the fraction of the field of view that the maps cover.
 _LEAST_COVERED = 0.2
 
 _CG_TOLERANCE = 1e-4
+_ABOVE_NOISE = 3.0
 _LEAST_SIGMA = 1e-5  # of data without noise: single precision has no less
 
 
@@ -41,8 +42,8 @@ class Preparation:
     calibration_size
         At most so many central samples along each axis are used for the maps; None leaves it to the method.
     map_crop
-        Maps are zero where their eigenvalue is below this. Dynamic data, whose few calibration lines leave small
-        eigenvalues at the rim of the anatomy, need a low one, or lose that rim.
+        The support of the signal is where the maps' eigenvalue is above this. The first set of maps has no holes:
+        images show what is faint. Further sets are zero outside their own support.
     start
         ``"zero"``: the start image is a short CG-SENSE from zero. ``"time average"``: it begins from, and is drawn
         towards, the average over time; for data that differ little from frame to frame.
@@ -79,7 +80,9 @@ class Prepared:
     retained_energy
         Fraction of the calibration data's energy that coil compression kept.
     signal_in_maps
-        Fraction of the signal that lies where the coil maps are not zero, at low resolution.
+        Fraction of the signal that the coil maps explain, at low resolution.
+    support
+        Where signal lies, boolean ``(batch, set, 1, z, y, x)``: of metrics and figures, never of the image.
     sigma
         Standard deviation of the complex noise of one white sample in units of the scaled image, ``(batch,)``.
     sigma_source
@@ -92,6 +95,7 @@ class Prepared:
     initial: Tensor
     retained_energy: float
     signal_in_maps: float = 1.0
+    support: Tensor = field(kw_only=True)
     sigma: Tensor = field(kw_only=True)
     sigma_source: Literal["scan", "estimated"] = field(default="scan", kw_only=True)
 
@@ -137,47 +141,74 @@ def prepare(
     _check(k_space, calibration, coil_maps)
     k_space, calibration = whitened_by_estimate(k_space, calibration, mix=coil_maps is None)
     source = calibration or k_space
-    retained = 1.0
+    retained, eigenvalues = 1.0, None
     if coil_maps is None:
         # Imported here: estimating maps starts a program, which those who bring their own maps do not need.
-        from melcore.io.bart import estimate_coil_maps
+        from melcore.io.bart import MapSettings, estimate_maps
 
         if settings.coils is not None and settings.coils < k_space.data.shape[1]:
             matrix, retained = coil_compression_matrix(source.data, settings.coils)
             k_space = replace(k_space, data=compress_coils(k_space.data, matrix))
             source = k_space if calibration is None else replace(source, data=compress_coils(source.data, matrix))
-        coil_maps = estimate_coil_maps(
-            source,
-            method=settings.map_method,
-            sets=settings.map_sets,
-            calibration_size=settings.calibration_size,
-            crop=settings.map_crop,
-            timeout=timeout,
-            cancel=cancel,
+        wanted = MapSettings(
+            settings.map_method, settings.map_sets, calibration_size=settings.calibration_size, crop=0.0
         )
+        estimate = estimate_maps(source, wanted, timeout=timeout, cancel=cancel)
+        coil_maps, eigenvalues = estimate.coil_maps, estimate.eigenvalues
+        if eigenvalues is not None and settings.map_sets > 1:
+            # Where there is one image only, a second would take half of the noise in.
+            coil_maps.data[:, 1:] *= (eigenvalues[:, 1:] > settings.map_crop).unsqueeze(2)
     region = calibration_region(source.mask, source.data.shape)
-    scale = image_scale(source.data, coil_maps.data, region)
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise DataError(
-            "the calibration region holds no signal within the coil maps, so the data cannot be scaled: "
-            "check that the centre of k-space lies at index n // 2 of every axis."
-        )
-    covered = signal_within(source.data, coil_maps.data, region)
+    level = torch.tensor(source.noise.level, device=source.data.device)
+    blurred, gain = low_resolution_image(source.data, coil_maps.data, region)
+    support = signal_support(blurred, coil_maps.data, gain * level, eigenvalues, settings.map_crop)
+    covered, explained = signal_within(source.data, coil_maps.data, region)
     if covered < _LEAST_COVERED:
         raise DataError(
             f"the coil maps ({coil_maps.source}) are zero where {100 * (1 - covered):.0f} % of the signal is: they "
-            "have holes, or belong to another exam; estimate them again, with a lower crop."
+            "have holes, or belong to another exam; estimate them again."
         )
+    scale = scale_within(blurred, support, region)
     k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
     sigma = (torch.tensor(k_space.noise.level, device=scale.device) / scale).to(torch.float32).clamp(min=_LEAST_SIGMA)
     initial = start_image(k_space, coil_maps, sigma, settings)
     known: Literal["scan", "estimated"] = "estimated" if k_space.noise.source == "estimated" else "scan"
-    return Prepared(k_space, coil_maps, scale, initial, retained, covered, sigma=sigma, sigma_source=known)
+    return Prepared(
+        k_space, coil_maps, scale, initial, retained, explained, support=support, sigma=sigma, sigma_source=known
+    )
+
+
+def signal_support(
+    image: Tensor, coil_maps: Tensor, noise: Tensor, eigenvalues: Tensor | None, least_eigenvalue: float
+) -> Tensor:
+    """Where signal lies: where the maps are sure of themselves, and an image of low resolution rises above its noise.
+
+    Parameters
+    ----------
+    image, noise
+        Of `melcore.preprocess.scaling.low_resolution_image`, and the standard deviation of its noise ``(batch,)``.
+    coil_maps
+        Complex ``(batch, set, coil, 1, z, y, x)``.
+    eigenvalues, least_eigenvalue
+        Of the maps, ``(batch, set, 1, z, y, x)``, if known.
+
+    Returns
+    -------
+    Tensor
+        Boolean ``(batch, set, 1, z, y, x)``; nowhere empty: without signal, all that the maps cover counts.
+    """
+    covered = (coil_maps != 0).any(2).expand_as(image)
+    bright = image.abs() > _ABOVE_NOISE * noise.view(-1, 1, 1, 1, 1, 1)
+    sure = bright if eigenvalues is None else bright & (eigenvalues > least_eigenvalue)
+    support = covered & sure
+    empty = ~support.flatten(1).any(1).view(-1, 1, 1, 1, 1, 1)
+    return torch.where(empty, covered, support)
 
 
 def cg_sense_weight(sigma: Tensor, acceleration: float) -> Tensor:
-    """Weight of CG-SENSE's quadratic penalty for images scaled to about 1: that of start images, of the fallback, of
-    the reference in training's loss and of evaluation.
+    """Weight of CG-SENSE's quadratic penalty, for images scaled to about 1.
+
+    It is that of start images, of the fallback, of the reference in training's loss, and of evaluation.
 
     Parameters
     ----------
