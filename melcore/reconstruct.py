@@ -328,7 +328,9 @@ def _check_dimensions(bundle: Bundle, k_space: KSpace) -> None:
 def _conventional(prepared: Prepared, method: object, settings: Preparation) -> Tensor:
     if method == "adjoint":
         return prepared.operator().adjoint(prepared.k_space.data)
-    return start_image(prepared.k_space, prepared.coil_maps, prepared.sigma, replace(settings, start="zero"))
+    return start_image(
+        prepared.k_space, prepared.coil_maps, prepared.sigma, replace(settings, start="zero"), prepared.prior
+    )
 
 
 def _element(prepared: Prepared, index: int) -> Prepared:
@@ -344,6 +346,7 @@ def _element(prepared: Prepared, index: int) -> Prepared:
         initial=prepared.initial[one],
         scale=prepared.scale[one],
         support=prepared.support[one],
+        prior=prepared.prior[one],
         sigma=prepared.sigma[one],
     )
 

@@ -24,6 +24,8 @@ _LEAST_COVERED = 0.2
 
 _CG_TOLERANCE = 1e-4
 _ABOVE_NOISE = 3.0
+_BLURRING = 24  # samples of the calibration region along each axis that make the image of low resolution
+_FAINTEST = 1e-4  # of the mean energy: what is expected of air
 _LEAST_SIGMA = 1e-5  # of data without noise: single precision has no less
 
 
@@ -83,6 +85,9 @@ class Prepared:
         Fraction of the signal that the coil maps explain, at low resolution.
     support
         Where signal lies, boolean ``(batch, set, 1, z, y, x)``: of metrics and figures, never of the image.
+    prior
+        Expected magnitude of the image at low resolution, relative to its root mean square in the support, positive,
+        ``(batch, set, 1, z, y, x)``: CG-SENSE's penalty is weak where it is large (`image_prior`).
     sigma
         Standard deviation of the complex noise of one white sample in units of the scaled image, ``(batch,)``.
     sigma_source
@@ -96,6 +101,7 @@ class Prepared:
     retained_energy: float
     signal_in_maps: float = 1.0
     support: Tensor = field(kw_only=True)
+    prior: Tensor = field(kw_only=True)
     sigma: Tensor = field(kw_only=True)
     sigma_source: Literal["scan", "estimated"] = field(default="scan", kw_only=True)
 
@@ -159,8 +165,10 @@ def prepare(
             # Where there is one image only, a second would take half of the noise in.
             coil_maps.data[:, 1:] *= (eigenvalues[:, 1:] > settings.map_crop).unsqueeze(2)
     region = calibration_region(source.mask, source.data.shape)
+    # More would not be blurred: the same of every acceleration.
+    blurring = (min(region[0], _BLURRING), min(region[1], _BLURRING), min(region[2], _BLURRING))
     level = torch.tensor(source.noise.level, device=source.data.device)
-    blurred, gain = low_resolution_image(source.data, coil_maps.data, region)
+    blurred, gain = low_resolution_image(source.data, coil_maps.data, blurring)
     support = signal_support(blurred, coil_maps.data, gain * level, eigenvalues, settings.map_crop)
     covered, explained = signal_within(source.data, coil_maps.data, region)
     if covered < _LEAST_COVERED:
@@ -168,13 +176,23 @@ def prepare(
             f"the coil maps ({coil_maps.source}) are zero where {100 * (1 - covered):.0f} % of the signal is: they "
             "have holes, or belong to another exam; estimate them again."
         )
-    scale = scale_within(blurred, support, region)
+    scale = scale_within(blurred, support, blurring)
     k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
     sigma = (torch.tensor(k_space.noise.level, device=scale.device) / scale).to(torch.float32).clamp(min=_LEAST_SIGMA)
-    initial = start_image(k_space, coil_maps, sigma, settings)
+    prior = image_prior(blurred, gain * level, support)
+    initial = start_image(k_space, coil_maps, sigma, settings, prior)
     known: Literal["scan", "estimated"] = "estimated" if k_space.noise.source == "estimated" else "scan"
     return Prepared(
-        k_space, coil_maps, scale, initial, retained, explained, support=support, sigma=sigma, sigma_source=known
+        k_space,
+        coil_maps,
+        scale,
+        initial,
+        retained,
+        explained,
+        support=support,
+        prior=prior,
+        sigma=sigma,
+        sigma_source=known,
     )
 
 
@@ -205,6 +223,35 @@ def signal_support(
     return torch.where(empty, covered, support)
 
 
+def image_prior(image: Tensor, noise: Tensor, support: Tensor) -> Tensor:
+    """Expected magnitude of an image, relative to its root mean square in the support, from a blurred version of it.
+
+    Air is not blanked but expected to be faint. That keeps noise and aliasing out of it, and with it out of the object:
+    at R=2.2 and low noise, CG-SENSE has an error of -38.8 dB in a head with it, -38.6 with maps cut to the head, and
+    -32.9 with neither.
+
+    Parameters
+    ----------
+    image, noise
+        Of `melcore.preprocess.scaling.low_resolution_image`, and the standard deviation of its noise ``(batch,)``.
+    support
+        Boolean ``(batch, set, 1, z, y, x)``.
+
+    Returns
+    -------
+    Tensor
+        Positive, ``(batch, set, 1, z, y, x)``.
+    """
+    energy = image.abs().square()
+    noise_energy = noise.square().view(-1, 1, 1, 1, 1, 1).to(energy.dtype)
+    energy = (energy - noise_energy).clamp(min=0)
+    axes = (1, 2, 3, 4, 5)
+    counts = support.sum(axes, keepdim=True).clamp(min=1)
+    mean = (energy * support).sum(axes, keepdim=True) / counts + noise_energy
+    least = torch.maximum(noise_energy / mean, torch.full_like(mean, _FAINTEST))
+    return (energy / mean + least).sqrt()
+
+
 def cg_sense_weight(sigma: Tensor, acceleration: float) -> Tensor:
     """Weight of CG-SENSE's quadratic penalty, for images scaled to about 1.
 
@@ -226,10 +273,11 @@ def cg_sense(
     adjoint_data: Tensor,
     weight: Tensor,
     *,
+    prior: Tensor | None = None,
     reference: Tensor | None = None,
     iterations: int = 60,
 ) -> Tensor:
-    """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |x - reference|^2``.
+    """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |(x - reference) / prior|^2``.
 
     Parameters
     ----------
@@ -237,24 +285,33 @@ def cg_sense(
         ``A``, and ``A^H y``, ``(batch, set, time, z, y, x)``.
     weight
         ``(batch,)``, positive; see `cg_sense_weight`.
+    prior
+        `image_prior`; 1 by default.
     reference
         Zero by default; it is also where the iterations begin.
     iterations
         At most; they end where the residual is small enough.
     """
     weight = weight.to(adjoint_data.device).view(-1, *[1] * (adjoint_data.ndim - 1))
-    rhs = adjoint_data if reference is None else adjoint_data + weight * reference
+    factor = adjoint_data.real.new_ones(()) if prior is None else prior.to(adjoint_data.device)
+    rhs = adjoint_data if reference is None else adjoint_data - operator.normal(reference)
+    # In units of the prior the penalty is the same everywhere, and the system well conditioned.
     solution = conjugate_gradient(
-        lambda v: operator.normal(v) + weight * v,
-        rhs,
-        initial=reference,
+        lambda v: factor * operator.normal(factor * v) + weight * v,
+        factor * rhs,
         relative_tolerance=_CG_TOLERANCE,
         max_iterations=iterations,
     )
-    return solution.value
+    return factor * solution.value if reference is None else reference + factor * solution.value
 
 
-def start_image(k_space: KSpace, coil_maps: CoilMaps, sigma: Tensor, settings: Preparation = Preparation()) -> Tensor:
+def start_image(
+    k_space: KSpace,
+    coil_maps: CoilMaps,
+    sigma: Tensor,
+    settings: Preparation = Preparation(),
+    prior: Tensor | None = None,
+) -> Tensor:
     """The image of `cg_sense` that a reconstruction starts from, or falls back to.
 
     Parameters
@@ -265,6 +322,8 @@ def start_image(k_space: KSpace, coil_maps: CoilMaps, sigma: Tensor, settings: P
         See `Prepared`.
     settings
         Its weight and iterations; with ``start="time average"``, the average over time is the reference.
+    prior
+        See `Prepared`.
 
     Returns
     -------
@@ -279,7 +338,9 @@ def start_image(k_space: KSpace, coil_maps: CoilMaps, sigma: Tensor, settings: P
     reference = None
     if settings.start == "time average" and k_space.data.shape[2] > 1:
         reference = time_average(k_space, coil_maps).expand_as(adjoint_data)
-    return cg_sense(operator, adjoint_data, weight, reference=reference, iterations=settings.start_iterations)
+    return cg_sense(
+        operator, adjoint_data, weight, prior=prior, reference=reference, iterations=settings.start_iterations
+    )
 
 
 def sampled_fraction(k_space: KSpace) -> float:
