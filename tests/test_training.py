@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +11,7 @@ import pytest
 import torch
 import yaml
 
-import training
 from melcore.bundle import Bundle
-from melcore.cli import main
 from melcore.errors import ConfigError, DataError, MemoryBudgetError
 from melcore.memory import MemoryPlan
 from melcore.memory.meter import Meter
@@ -25,10 +19,10 @@ from melcore.preprocess.preparation import Preparation
 from melcore.unrolled import build
 from tests.training_cases import TINY, assert_identical, content, phantom, state_of, tiny
 from training import checkpoint
-from training.config import find, load, parse
-from training.data import window_readout
+from training.config import load, parse
+from training.example import window_readout
 from training.problem import crop, place
-from training.schedule import learning_rate, members, order
+from training.schedule import learning_rate, order
 from training.trainer import DivergedError, InterruptedTrainingError, Trainer
 from training.validation import cg_sense, evaluate, judge, live_channels, zero_filled
 
@@ -301,62 +295,3 @@ def test_the_truth_is_judged_perfect(tmp_path: Path) -> None:
     metrics = evaluate(trainer.model, [place(example)])
     assert set(metrics) == {"learned", "zero_filled", "cg_sense", "start"}
     assert metrics["cg_sense"]["nrmse_db"] < metrics["zero_filled"]["nrmse_db"]
-
-
-# The command
-
-
-def test_the_command_survives_a_signal_and_writes_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = tiny(tmp_path, training={"steps": 150, "validation_interval": 150}).to_dict()
-    config, saved = tmp_path / "tiny.yaml", tmp_path / "run" / "checkpoint.safetensors"
-    config.write_text(yaml.safe_dump(content))
-    script = str(Path(training.__file__).with_name("fit.py"))
-    process = subprocess.Popen([sys.executable, script, str(config)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not saved.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, words
-    assert "stopped by SIGTERM" in words
-    assert "--resume" in words
-    assert not (tmp_path / "tiny.safetensors").exists()
-    step = checkpoint.read(saved)[2].step
-    assert 0 < step < 150
-
-    assert main(["fit", str(config)]) == 1
-    assert "--resume" in capsys.readouterr().err
-
-    assert main(["fit", str(config), "--resume"]) == 0
-    assert "learned" in capsys.readouterr().out
-    bundle = Bundle.load(tmp_path / "tiny.safetensors")
-    assert bundle.card["steps"] == 150
-    assert bundle.card["config"] == content
-    assert {"data", "seed", "machine", "seconds", "metrics", "date", "versions", "target"} <= set(bundle.card)
-    assert bundle.preparation == parse(content).to_preparation()
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-    weights = checkpoint.read(saved)[0]
-    assert all(torch.equal(weights[f"model/{name}"], value) for name, value in bundle.model.state_dict().items())
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Shared batches, gradients added up once: the same training but for rounding."""
-    settings = {"steps": 5, "validation_interval": 5, "batch": 3}
-    script = str(Path(training.__file__).with_name("fit.py"))
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        config = folder / "tiny.yaml"
-        content = tiny(folder, training=settings, data={"cache": str(tmp_path / "cache")}).to_dict()
-        config.write_text(yaml.safe_dump(content))
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [sys.executable, *start, script, str(config)], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(Bundle.load(folder / "tiny.safetensors"))
-    one, two = found
-    assert one.card["steps"] == two.card["steps"] == 5
-    for ours, reference in zip(two.model.parameters(), one.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
 from melcore.physics import Sense
 from melcore.preprocess.preparation import prepare
 from training.config import Config, parse
-from training.data import Example
+from training.example import Example
 from training.trainer import Trainer
 
 TINY: dict[str, Any] = {

@@ -23,11 +23,11 @@ class Example:
     prepared
         See `melcore.preprocess.preparation.prepare`.
     truth
-        Scaled image ``(batch, set, time, z, y, x)``.
+        Scaled image ``(batch, set, time, z, y, x)``; None for data that were never sampled fully.
     """
 
     prepared: Prepared
-    truth: Tensor
+    truth: Tensor | None
 
     @property
     def support(self) -> Tensor:
@@ -56,5 +56,7 @@ def window_readout(example: Example, start: int, size: int) -> Example:
         coil_maps=maps,
         initial=p.initial[..., cut].contiguous(),
         support=p.support[..., cut].contiguous(),
+        prior=p.prior[..., cut].contiguous(),
     )
-    return Example(prepared, example.truth[..., cut].contiguous())
+    truth = None if example.truth is None else example.truth[..., cut].contiguous()
+    return Example(prepared, truth)

@@ -1,81 +1,102 @@
-"""Train a model bundle on simulated data, as a configuration says.
+"""Train a model bundle, as a configuration says: on prepared folders of one's own, on simulation, or on a mixture.
 
-Simulates and prepares the examples (once: they are cached), trains with validation, TensorBoard scalars and images, and
-checkpoints in output.directory, and writes output.bundle at the end, with a card. Interrupt it as you like (Ctrl-C,
-SIGTERM): the checkpoint is saved first, and --resume continues bit by bit.
+Examples are drawn anew at every step. Trains with validation, TensorBoard scalars and images, and checkpoints in
+output.directory, and writes a bundle with a card at the end. Interrupt it as you like (Ctrl-C, SIGTERM: the checkpoint
+is saved first; kill -9: the last one stays), and --resume continues bit by bit; training.steps may have grown since.
+With --max-hours the learning rate falls so that it has come to its end at the limit; such a training depends on the
+machine's speed, and cannot be repeated bit by bit.
 
 Example:
-  mel fit training/configs/modl_2d.yaml
-  python training/fit.py training/configs/modl_2d.yaml training.steps=500 optimiser.learning_rate=1e-3 --resume
-  torchrun --nproc-per-node 2 training/fit.py training/configs/modl_2d.yaml training.batch=2
+  mel fit modl_2d                                        # a configuration that ships, by name
+  mel fit my.yaml training.steps=5000 optimiser.learning_rate=1e-3
+  mel fit my.yaml --max-hours 8
+  mel fit my.yaml --from modl_2d                         # begin with the weights of a bundle
+  mel fit my.yaml --resume training.steps=20000
+  torchrun --nproc-per-node 2 training/fit.py my.yaml training.batch=2
 """
 
 import argparse
-import datetime
-import os
-import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
-from melcore import __version__
 from melcore.bundle import Bundle
-from melcore.errors import MissingDependencyError
+from melcore.errors import ConfigError, DataError, MissingDependencyError
+from melcore.units import format_bytes
 
 if TYPE_CHECKING:
     from training.config import Config
     from training.trainer import Trainer
-    from training.validation import Metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mel fit``."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see training/configs")
+    from training.plan_command import allow_settings_anywhere
+
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of one that ships (training/configs)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, dotted: training.steps=500"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in output.directory")
+    parser.add_argument("--from", dest="begin", metavar="BUNDLE", help="begin with a bundle's weights (path or name)")
+    parser.add_argument("--max-hours", type=float, metavar="H", help="end, with a finished bundle, after so long")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    allow_settings_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; 0 when the bundle is written, 128 + the signal's number when a signal ended it."""
+    begin = time.perf_counter()
     _require("pydantic", "tensorboard")
+    from training import board, card, checkpoint, directory
     from training.config import load
-    from training.data import prepare_examples
+    from training.data import Stream
     from training.parallel import join, leave
-    from training.trainer import InterruptedTrainingError, Trainer, check_fresh
+    from training.trainer import InterruptedTrainingError, Trainer
 
-    config = load(arguments.config, arguments.overrides)
-    directory = config.output.directory
+    hours = [] if arguments.max_hours is None else [f"training.max_hours={arguments.max_hours}"]
+    config = load(arguments.config, [*arguments.overrides, *hours])
+    if arguments.resume and arguments.begin:
+        raise ConfigError("--resume continues a training that --from began: give one of them.")
+    bundle = Bundle.load(arguments.begin) if arguments.begin else None
+    folder = config.output.directory
     if not arguments.resume:
-        check_fresh(directory / "checkpoint.safetensors")
+        checkpoint.check_fresh(folder / "checkpoint.safetensors")
     team = join(config.training.device)
     quiet = arguments.quiet or not team.leads
-    settings = config.data
-    if not team.leads:
-        team.wait()  # then the examples are there
-    with _bar(settings.examples + settings.validation, "examples", quiet) as bar:
-        training, validation = prepare_examples(settings, config.to_preparation(), bar.update)
-    if team.leads:
-        team.wait()
-    trainer = Trainer(config, training, validation, team=team)
-    if arguments.resume:
-        trainer.resume()
-    with (
-        _board(directory, trainer) as board,
-        _bar(config.training.steps, "training", quiet, initial=trainer.step) as bar,
-        _signals(trainer) as received,
-    ):
-        if board is not None:
-            _observe(trainer, board, bar)
+    with ExitStack() as stack:
+        stack.callback(leave, team)
+        if team.leads:
+            stack.enter_context(directory.claimed(folder))
+            directory.check_target(config.bundle)
+        shares = team.size if config.training.batch % team.size == 0 else 1
+        preparation = config.to_preparation()
+        examples = stack.enter_context(Stream(config.data, preparation, "train", step=shares))
+        validation = stack.enter_context(Stream(config.data, preparation, "validation"))
+        trainer = Trainer(config, examples, validation, team=team)  # type: ignore[arg-type]
+        if bundle is not None:
+            trainer.begin_from(bundle)
+        if arguments.resume:
+            trainer.resume()
+        if team.leads:
+            tqdm.write(_outline(config, trainer), file=sys.stderr)
+            with _bar(len(validation), "validation examples", quiet) as bar:
+                for _ in validation:
+                    bar.update()
+        trainer.seconds += time.perf_counter() - begin
+        bar = stack.enter_context(_bar(config.training.steps, "training", quiet, initial=trainer.step))
+        if team.leads:
+            shown = board.Board(folder / "tensorboard", trainer.step)
+            stack.callback(shown.close)
+            board.observe(trainer, shown, bar)
+        received = stack.enter_context(_signals(trainer))
         try:
             trainer.run()
         except InterruptedTrainingError as stop:
@@ -83,70 +104,44 @@ def run(arguments: argparse.Namespace) -> int:
             if team.leads:
                 tqdm.write(f"mel fit: {stop}", file=sys.stderr)
             return 128 + (received[0] if received else signal.SIGTERM)
-        finally:
-            leave(team)
-        if not team.leads:
-            return 0
-        metrics = trainer.metrics or trainer.validate()
-    bundle = Bundle(
-        trainer.model.cpu().eval(), config.model, config.to_preparation(), make_card(config, trainer, metrics)
-    )
-    path = bundle.save(config.output.bundle)
-    tqdm.write(f"{path} ({path.stat().st_size / 1e3:.0f} kB)\n{_table(metrics)}")
+        if team.leads:
+            bar.close()
+            metrics = trainer.metrics or trainer.validate()
+            result = Bundle(trainer.result(), config.model, preparation, card.make_card(config, trainer, metrics))
+            path = _write(result, config.bundle)
+            tqdm.write(f"{path} ({path.stat().st_size / 1e3:.0f} kB)\n{board.table(metrics)}")
     return 0
 
 
-@contextmanager
-def _board(directory: Path, trainer: "Trainer") -> Iterator[Any]:
-    """TensorBoard's writer, in the process that reports."""
-    if not trainer.team.leads:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(directory / "tensorboard"), purge_step=trainer.step) as board:
-        yield board
+def _write(bundle: Bundle, path: Path) -> Path:
+    try:
+        return bundle.save(path)
+    except OSError as error:
+        raise DataError(
+            f"the bundle {path} cannot be written: {error.strerror or error}; the checkpoint is complete: make room, "
+            "and run again with --resume."
+        ) from error
 
 
-def make_card(config: "Config", trainer: "Trainer", metrics: "Metrics") -> dict[str, Any]:
-    """What a bundle says about its training."""
-    settings = config.data
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return {
-        "name": config.name,
-        "notes": config.output.notes,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "data": f"simulated {settings.dimensions}: {settings.examples} examples, {settings.validation} for validation",
-        "seed": {"data": settings.seed, "training": config.training.seed},
-        "steps": trainer.step,
-        "parameters": parameters,
-        "machine": _machine(trainer.device),
-        "seconds": round(trainer.seconds),
-        "metrics": {name: {key: round(value, 4) for key, value in m.items()} for name, m in metrics.items()},
-        "metrics_meaning": "means over the validation examples, in the support of the maps: complex NRMSE and PSNR "
-        "in dB, SSIM of the magnitude; start is the image that the network begins from",
-        "target": "noise-free, fully sampled coil images, combined with the maps that were estimated from the data",
-        "versions": {"melcore": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "config": config.to_dict(),
-    }
-
-
-def _machine(device: torch.device) -> str:
-    threads = f"{torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else "")
-    if device.type == "cuda":
-        return f"one {torch.cuda.get_device_name(device)}"
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{threads} of {os.cpu_count()} CPU cores ({model})"
-
-
-def _table(metrics: "Metrics") -> str:
-    lines = [f"{'':12}{'NRMSE dB':>10}{'PSNR dB':>10}{'SSIM':>8}"]
-    lines += [f"{n:12}{m['nrmse_db']:10.2f}{m['psnr_db']:10.2f}{m['ssim']:8.4f}" for n, m in metrics.items()]
-    return "\n".join(lines)
+def _outline(config: "Config", trainer: "Trainer") -> str:
+    """What will be done, how, and where results go."""
+    settings, parameters = config.training, sum(parameter.numel() for parameter in trainer.model.parameters())
+    ends = [] if settings.steps is None else [f"{settings.steps} steps"]
+    ends += [] if settings.max_hours is None else [f"{settings.max_hours:g} h"]
+    begun = f", from step {trainer.step}" if trainer.step else ""
+    memory = trainer.memory
+    executors = ["plain"] if memory is None else dict.fromkeys(entry.describe()[0] for entry in memory.iterations)
+    peak = None if memory is None else memory.predicted_peak_bytes
+    plan = f"{', '.join(executors)}; predicted peak {'unknown' if peak is None else format_bytes(peak)}"
+    board = config.output.directory / "tensorboard"
+    return "\n".join(
+        [
+            f"{config.name}: {parameters} parameters, {' or '.join(ends)}{begun}, on {trainer.device}",
+            f"memory plan: {plan}",
+            f"watch it: tensorboard --logdir {board}",
+            f"results: {config.bundle} (bundle), {trainer.checkpoint} (mel fit --resume continues)",
+        ]
+    )
 
 
 def _require(*packages: str) -> None:
@@ -157,7 +152,7 @@ def _require(*packages: str) -> None:
             raise MissingDependencyError(f"training needs {package}: pip install 'melcore[train]'.")
 
 
-def _bar(total: int, what: str, quiet: bool, initial: int = 0) -> "tqdm[Any]":
+def _bar(total: int | None, what: str, quiet: bool, initial: int = 0) -> "tqdm[Any]":
     # disable=None: no bar where the output is a file.
     return tqdm(total=total, desc=what, initial=initial, disable=True if quiet else None, smoothing=0.05)
 
@@ -181,51 +176,6 @@ def _signals(trainer: "Trainer") -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _observe(trainer: "Trainer", board: Any, bar: "tqdm[Any]") -> None:
-    """Connect the trainer with TensorBoard and the progress bar."""
-    from training.problem import place
-    from training.validation import learned, live_channels, zero_filled
-
-    smooth: dict[str, float] = {}
-
-    def report(step: int, figures: dict[str, float]) -> None:
-        loss = smooth["loss"] = 0.98 * smooth.get("loss", figures["loss"]) + 0.02 * figures["loss"]
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update()
-        if step % 10 == 0:
-            for name, value in figures.items():
-                board.add_scalar(f"training/{name}", value, step)
-
-    def on_validation(step: int, metrics: "Metrics") -> None:
-        for name, values in metrics.items():
-            for key, value in values.items():
-                board.add_scalar(f"validation/{key}/{name}", value, step)
-        problem = place(trainer.validation[0], trainer.device)
-        alive = live_channels(trainer.model, problem)
-        board.add_scalar("training/live_channels", alive, step)
-        if alive < 0.5:
-            bar.write(f"step {step}: only {alive:.0%} of the channels are alive: lower the learning rate", sys.stderr)
-        with torch.no_grad():
-            shown = [problem.truth, zero_filled(problem), learned(trainer.model)(problem)]
-        error = 5 * (shown[2] - shown[0]).abs()
-        rows = torch.cat([_slice(image) for image in (*shown, error)], dim=1)
-        board.add_image("validation/truth, zero-filled, learned, error x 5", rows.clamp(max=1)[None], step)
-        ours, sense = metrics["learned"], metrics["cg_sense"]
-        bar.write(
-            f"step {step}: loss {smooth.get('loss', 0):.4f}, validation NRMSE {ours['nrmse_db']:.2f} dB, SSIM "
-            f"{ours['ssim']:.4f} (CG-SENSE {sense['nrmse_db']:.2f} dB, {sense['ssim']:.4f}), live channels {alive:.0%}",
-            sys.stderr,
-        )
-
-    trainer.report, trainer.on_validation = report, on_validation
-
-
-def _slice(image: torch.Tensor) -> torch.Tensor:
-    """Middle frame and slice of the magnitude of the first example, ``(y, x)``."""
-    frame = image[0, 0, image.shape[2] // 2].abs().cpu()
-    return frame[frame.shape[0] // 2]
 
 
 if __name__ == "__main__":

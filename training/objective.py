@@ -8,8 +8,8 @@ from torch import Tensor
 
 from melcore.learning import ReconstructionLoss
 from training.config import Config
-from training.data import Example
-from training.problem import HeldOut, Problem, place
+from training.example import Example
+from training.problem import HeldOut, Problem, crop, place
 from training.schedule import random_factor, sigma_factor
 from training.self_supervision import divide, held_out_terms
 
@@ -49,9 +49,10 @@ class Objective:
         return divide(example, settings, self.preparation, generator, self.device, factor, sigma_factor=wrong)
 
     def problems(self, examples: Sequence[Example]) -> Iterator[Problem]:
-        """Problems for a validation, the same every time."""
+        """Problems for a validation, the same every time; of long readouts the middle."""
         for index in range(len(examples)):
-            yield self.problem(examples[index], torch.Generator().manual_seed(index), jitter=False)
+            example = crop(examples[index], self.config.training.readout_window)
+            yield self.problem(example, torch.Generator().manual_seed(index), jitter=False)
 
     def loss(self, image: Tensor, problem: Problem, divisors: Mapping[str, Tensor] | None) -> Tensor:
         """The loss of an image, a scalar; `divisors` are those of the problem."""

@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--curve", type=Path, metavar="PNG", help="draw time against memory into this file")
-    _allow_settings_anywhere(parser)
+    allow_settings_anywhere(parser)
 
 
-def _allow_settings_anywhere(parser: argparse.ArgumentParser) -> None:
+def allow_settings_anywhere(parser: argparse.ArgumentParser) -> None:
     """Let key=value stand behind options too: argparse alone takes them only right behind CONFIG."""
     plain = parser.parse_known_args
 

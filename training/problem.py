@@ -8,7 +8,7 @@ from torch import Tensor
 from melcore.physics import Sense
 from melcore.preprocess.preparation import cg_sense, cg_sense_weight
 from melcore.unrolled import Encoding
-from training.data import Example, window_readout
+from training.example import Example, window_readout
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Problem:
     support: Tensor
     sigma: Tensor
     held_out: HeldOut | None = None
+    prior: Tensor | None = None  #: of CG-SENSE, see `melcore.preprocess.preparation.Prepared`
 
     @property
     def truth(self) -> Tensor:
@@ -67,7 +68,7 @@ class Problem:
         if weight is not None:
             chosen = torch.full_like(self.sigma, weight)
         with torch.no_grad():
-            return cg_sense(operator, self.encoding.adjoint_data, chosen, iterations=iterations)
+            return cg_sense(operator, self.encoding.adjoint_data, chosen, prior=self.prior, iterations=iterations)
 
 
 def place(
@@ -96,7 +97,7 @@ def place(
     target = None if example.truth is None else (example.truth * factor).to(device)
     sigma = prepared.sigma.to(device) * abs(factor)
     encoding = Encoding(operator, adjoint_data, sigma * sigma_factor)
-    return Problem(encoding, initial, target, support.to(device), sigma)
+    return Problem(encoding, initial, target, support.to(device), sigma, prior=prepared.prior.to(device))
 
 
 def crop(example: Example, window: int | None, generator: torch.Generator | None = None) -> Example:

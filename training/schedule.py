@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from training.config import Config, Stage
-from training.data import Example
+from training.example import Example
 
 
 def learning_rate(step: int, config: Config, elapsed: float = 0.0) -> float:
@@ -43,10 +43,19 @@ def order(step: int, count: int, config: Config) -> list[int]:
 
 def members(step: int, examples: Sequence[Example], config: Config) -> list[int]:
     """Numbers of the examples of a step: in any order of a list, and the next ones of a stream, which has no end."""
-    if hasattr(examples, "__len__"):
-        return order(step, len(examples), config)
+    count = length(examples)
+    if count is not None:
+        return order(step, count, config)
     batch = config.training.batch
     return list(range(step * batch, (step + 1) * batch))
+
+
+def length(examples: Sequence[Example]) -> int | None:
+    """How many there are; None for streams without end."""
+    try:
+        return len(examples)
+    except TypeError:
+        return None
 
 
 def describe(examples: Sequence[Example], number: int) -> str:

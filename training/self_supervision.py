@@ -16,7 +16,7 @@ from melcore.errors import DataError
 from melcore.physics import Sense
 from melcore.preprocess.preparation import Preparation, start_image
 from training.config import SelfSupervisionSettings
-from training.data import Example
+from training.example import Example
 from training.problem import HeldOut, Problem, place
 
 
@@ -79,7 +79,7 @@ def divide(
     prepared = example.prepared
     seen, held_out = split(prepared.k_space.mask, settings.fraction, settings.centre, generator)
     k_space = replace(prepared.k_space, data=prepared.k_space.data * seen, mask=seen)
-    initial = start_image(k_space, prepared.coil_maps, prepared.sigma, preparation)
+    initial = start_image(k_space, prepared.coil_maps, prepared.sigma, preparation, prepared.prior)
     less = Example(replace(prepared, k_space=k_space, initial=initial), None)
     problem = place(less, device, factor, sigma_factor=sigma_factor)
     where = problem.initial.device

@@ -18,7 +18,7 @@ from melcore.memory import MemoryPlan, retrying
 from melcore.unrolled import Unrolled, build
 from training import checkpoint, schedule, weights
 from training.config import Config
-from training.data import Example
+from training.example import Example
 from training.objective import Objective, finite
 from training.parallel import Team, choose_device
 from training.problem import Problem, crop
@@ -74,11 +74,9 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.config.training
         for split, examples in (("training", self.examples), ("validation", self.validation)):
-            if hasattr(examples, "__len__") and not len(examples):
+            if schedule.length(examples) == 0:
                 raise DataError(f"there is no example for {split}: prepare some, or let data.sources simulate them.")
         self.device = choose_device(settings.device)
-        if settings.readout_window is not None:
-            self.validation = [crop(example, settings.readout_window) for example in self.validation]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
         torch.manual_seed(settings.seed)
         self.model: Unrolled = build(self.config.model).to(self.device)

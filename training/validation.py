@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from melcore.learning import decibels, nrmse, psnr, ssim
 from melcore.unrolled import Unrolled
-from training.data import Example
+from training.example import Example
 from training.problem import Problem
 from training.self_supervision import held_out_terms
 
