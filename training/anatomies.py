@@ -66,6 +66,8 @@ class Entry:
         Names of the files it was made from.
     digest
         Of the tensors: the same content under two names is found.
+    recipe
+        Digest of the files and the settings it was made from.
     """
 
     subject: str
@@ -80,6 +82,7 @@ class Entry:
     licence: str = ""
     sources: tuple[str, ...] = ()
     digest: str = ""
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
