@@ -149,6 +149,7 @@ def remove_readout_oversampling(
         if not isinstance(message, Acquisition):
             yield message
             continue
+        white = "not whitened" not in header.provenance.get("whitening", "not whitened")
         old = message.header
         space = int(old["encoding_space_ref"])
         ratio = ratios[space] if space < len(ratios) else ratios[0]
@@ -163,7 +164,11 @@ def remove_readout_oversampling(
         # The middle of the field of view is sampled at every ratio-th position of the trajectory.
         positions = np.minimum((np.arange(size) * ratio).astype(int), len(message.trajectory) - 1)
         trajectory = message.trajectory[positions] if message.trajectory.size else np.empty((size, 0), np.float32)
-        yield Acquisition(changed, trajectory, remove(_tensor(message), size).numpy())
+        samples = _tensor(message)
+        if not white:
+            discarded = int(old["discard_pre"]) + int(old["discard_post"])
+            header.air.add(samples[None], size, samples.shape[-1] - discarded)
+        yield Acquisition(changed, trajectory, remove(samples, size).numpy())
 
 
 def accumulate_trigger(messages: Iterator[Message], _header: Header, settings: TriggerSettings) -> Iterator[Message]:

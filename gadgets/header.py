@@ -1,11 +1,15 @@
 """The ISMRMRD header as the stages need it."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melcore.errors import DataError
 from melcore.io import mrd_header
+
+if TYPE_CHECKING:
+    from melcore.preprocess.noise_level import AirBeside
 
 Triple = tuple[float, float, float]
 
@@ -55,6 +59,13 @@ class Header:
     encodings: tuple[Encoding, ...]
     noise_bandwidth: float | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def air(self) -> "AirBeside":
+        """What the stages have seen so far of the noise of data that are not white."""
+        from melcore.preprocess.noise_level import AirBeside
+
+        return AirBeside()
 
 
 def parse_header(xml: bytes) -> Header:

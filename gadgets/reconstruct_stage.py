@@ -259,7 +259,8 @@ def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None"
     def convert(array: Array, filled: npt.NDArray[np.bool_], first: tuple[int, int]) -> KSpace:
         array, mask = _whole_matrix(array, filled, size, first)
         values = np.ascontiguousarray(layout.k_space_from_gadgetron(array), np.complex64)
-        return KSpace(torch.from_numpy(values), torch.from_numpy(mask), info, noise)
+        air = None if noise.whitened else header.air.samples
+        return KSpace(torch.from_numpy(values), torch.from_numpy(mask), info, noise, air)
 
     if any(have < wanted for wanted, have in zip(size, data.shape[1:3], strict=True)):
         _log.warning("the buffer %s is smaller than the encoded matrix %s: filled with zeros", data.shape[1:3], size)

@@ -74,12 +74,16 @@ class KSpace:
         Complex ``(batch, coil, time, z, y, x)``; zero where nothing was sampled.
     mask
         Boolean, true where a sample was taken; broadcasts against `data` with one coil.
+    air
+        Of data that are not white, samples of the air beside the field of view, complex ``(line, coil, window, x)``:
+        what readout oversampling held (`melcore.preprocess.noise_level.AirBeside`).
     """
 
     data: torch.Tensor
     mask: torch.Tensor
     info: ScanInfo
     noise: Noise = Noise()
+    air: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         layout.check_axes(tuple(self.data.shape), layout.K_SPACE_AXES, "k-space data")

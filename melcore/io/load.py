@@ -16,6 +16,7 @@ from melcore.io.mrd import Acquisition, RawFile, open_raw, scan_info
 from melcore.io.noise_scan import noise_record, whitening_of
 from melcore.io.placement import Booleans, Placement, place
 from melcore.preprocess.calibration import calibration_region
+from melcore.preprocess.noise_level import AirBeside
 from melcore.preprocess.oversampling import remove_readout_oversampling
 from melcore.preprocess.whitening import whiten
 from melcore.units import format_bytes
@@ -72,10 +73,13 @@ def load_k_space(
         matrix = whitening.matrix
         image = _Grid(placement, placement.imaging, int(headers["active_channels"][placement.first[0]]))
         calibration = _Grid(placement, placement.calibration, image.coils) if placement.calibration.any() else None
+        air = AirBeside()
         for indices, lines in _blocks(raw, placement):
             values = torch.from_numpy(lines) if matrix is None else whiten(torch.from_numpy(lines), matrix)
             full = values.new_zeros(*values.shape[:-1], placement.readout)
             full[..., placement.columns] = values[..., placement.kept]
+            if not whitening.noise.whitened:
+                air.add(full, placement.recon_readout, values[..., placement.kept].shape[-1])
             reduced = remove_readout_oversampling(full, placement.recon_readout).numpy()
             for grid in (image, calibration):
                 if grid is not None:
@@ -93,7 +97,7 @@ def load_k_space(
             | noise_record(whitening.noise),
         )
     return (
-        image.k_space(info, whitening.noise),
+        replace(image.k_space(info, whitening.noise), air=air.samples),
         None if calibration is None else calibration.k_space(info, whitening.noise),
     )
 

@@ -8,10 +8,9 @@ Every candidate below holds noise and whatever signal is left there: each is an 
 - *Centre*: the calibration region, tapered, is a small image of every coil, whose corners often are air.
 - *Periphery*: the median of the outermost samples.
 - *Air beside the field*: readers that remove readout oversampling see air at the ends of the field before it is gone,
-  and hand its covariance on (`melcore.data.Noise.beside`).
+  and hand its samples on (`melcore.data.KSpace.air`, `AirBeside`).
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,9 @@ from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
 
 _WINDOWS = 16  # along the readout
 _OUTER = 0.5  # of the lines, by their distance from the centre of k-space
-_SMALL = 12  # samples of the calibration region along an axis, below which it resolves no corners
+_SMALL = 16  # samples of the calibration region along an axis, below which it resolves no corners
+_CLEARLY = 0.2  # of the logarithm of the variance
+_MOST_LINES = 1024
 _LEAST = 32  # samples of a coil behind any estimate
 _SILENT = 1e-8  # a coil whose variance is this far below the others' is dead
 
@@ -43,11 +44,61 @@ def estimate_noise(k_space: KSpace, index: int = 0) -> NoiseCovariance | None:
     """
     data = k_space.data[index]
     mask = k_space.mask[min(index, len(k_space.mask) - 1)].expand(1, data.shape[1], -1, -1, -1)
-    found = [_along_readout(data, mask), _centre(k_space, index), _periphery(data, mask)]
-    candidates = [one for one in found if one is not None]
-    if not candidates:
-        return None
-    return min(candidates, key=lambda one: _level(one.matrix))
+    best: NoiseCovariance | None = None
+    # The first have more samples: the next must be clearly lower.
+    for found in (_beside(k_space.air), _along_readout(data, mask), _centre(k_space, index), _periphery(data, mask)):
+        if found is not None and (best is None or _level(found.matrix) < _level(best.matrix) - _CLEARLY):
+            best = found
+    return best
+
+
+class AirBeside:
+    """Samples of the ends of an oversampled readout's field of view, gathered before they are removed.
+
+    A sixteenth next to the field that is kept is looked at, on both sides: further out, receivers dampen the noise (at
+    the ends to a third of its amplitude, on two measured scans; by 5 to 15 % where it is looked at). Of long scans
+    every second, fourth and so on line is kept.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[Tensor] = []
+        self._stride, self._seen = 1, 0
+
+    def add(self, lines: Tensor, kept: int, taken: int | None = None) -> None:
+        """Take note of readouts.
+
+        Parameters
+        ----------
+        lines
+            k-space ``(line, coil, x)``, oversampled, not white.
+        kept
+            Samples of the readout once the oversampling is removed.
+        taken
+            Samples of `lines` that were measured; the rest are zeros.
+        """
+        size = lines.shape[-1]
+        width = size // _WINDOWS
+        first, last = size // 2 - kept // 2, size // 2 - kept // 2 + kept
+        if width < 1 or first < width or size - last < width:
+            return
+        starts = (first - width, last)
+        chosen = [n for n in range(len(lines)) if (self._seen + n) % self._stride == 0]
+        self._seen += len(lines)
+        if not chosen:
+            return
+        hybrid = ifft(lines[chosen], (-1,)) * math.sqrt(size / (taken or size))
+        ends = torch.stack([hybrid[..., at : at + width] for at in starts], dim=2)  # (line, coil, window, x)
+        self._lines.extend(ends)
+        while len(self._lines) > _MOST_LINES:
+            self._lines = self._lines[::2]
+            self._stride *= 2
+
+    @property
+    def samples(self) -> Tensor | None:
+        """``(line, coil, window, x)``; None if there was no oversampling."""
+        if not self._lines or len({line.shape for line in self._lines}) > 1:
+            return None
+        return torch.stack(self._lines)
 
 
 def noise_deviation(covariance: NoiseCovariance) -> float:
@@ -85,15 +136,20 @@ def whitened_by_estimate(
     if noise.whitened and all(0.7 < level / math.sqrt(2) < 3 for level in levels):
         return k_space, calibration  # as the server said
     known = Noise(whitened=True, source="estimated", level=tuple(levels))
+    words = f"estimated from the data: standard deviation {', '.join(f'{level:.3g}' for level in levels)}"
+    if mix:
+        words += ", whitened by it"
 
     def white(one: KSpace) -> KSpace:
+        info = replace(one.info, provenance={**one.info.provenance, "noise": words})
+        one = replace(one, noise=known, info=info, air=None)
         if not mix:
-            return replace(one, noise=known)
+            return one
         parts = [
             part if matrix is None else torch.einsum("vc,c...->v...", matrix.to(part), part)
             for part, matrix in zip(one.data, matrices, strict=True)
         ]
-        return replace(one, data=torch.stack(parts), noise=known)
+        return replace(one, data=torch.stack(parts))
 
     return white(k_space), None if calibration is None else white(calibration)
 
@@ -166,6 +222,14 @@ def _quietest(samples: Tensor, energy: Tensor, lines: int) -> NoiseCovariance | 
     return _covariance(part.unflatten(2, (lines, -1))[:, :, quiet].flatten(1))
 
 
+def _beside(air: Tensor | None) -> NoiseCovariance | None:
+    """From the air beside the field, ``(line, coil, window, x)``."""
+    if air is None:
+        return None
+    energy = air.abs().square().sum((1, 3)).median(0).values
+    return _quietest(air.permute(2, 1, 0, 3).flatten(2), energy, len(air))
+
+
 def _distance(sizes: Sequence[int]) -> Tensor:
     """From the centre of k-space, relative to its edge, ``(1, z, y)``."""
     z, y = ((torch.arange(n) - n // 2).float() / max(n / 2, 1) for n in sizes)
@@ -180,7 +244,6 @@ def _centre(k_space: KSpace, index: int) -> NoiseCovariance | None:
     long = [axis for axis, size in zip((-3, -2, -1), region, strict=True) if size >= _SMALL]
     if not long:
         return None
-    taken = mask.expand(1, 1, data.shape[2], *mask.shape[3:]).any(2)
     if mask.shape[2] > 1 and not bool(mask.all(2).any()):
         return None
     image, gain = data[0], 1.0
@@ -191,21 +254,15 @@ def _centre(k_space: KSpace, index: int) -> NoiseCovariance | None:
         taper = torch.cos(torch.pi * (torch.arange(size) - (size - 1) / 2) / (size + 1)).square().to(image.device)
         gain *= float(taper.square().mean())
         image = image * taper.view(-1, *[1] * (-axis - 1))
-    del taken
     image = ifft(image, tuple(long)) / math.sqrt(gain)
-    blocks = [_blocks(n, axis in long) for n, axis in zip(image.shape[2:], (-3, -2, -1), strict=True)]
-    best: NoiseCovariance | None = None
-    for z, y, x in itertools.product(*blocks):
-        found = _covariance(image[:, :, z, y, x].flatten(1))
-        if found is not None and (best is None or _level(found.matrix) < _level(best.matrix)):
-            best = found
-    return best
-
-
-def _blocks(size: int, separable: bool) -> list[slice]:
-    """The two ends of an axis, of a sixth each; all of an axis that is too short."""
-    width = size // 6
-    return [slice(0, width), slice(size - width, size)] if separable else [slice(None)]
+    counts = [_WINDOWS // 2 if axis in long else 1 for axis in (-3, -2, -1)]
+    cells = [size // count for size, count in zip(image.shape[2:], counts, strict=True)]
+    for axis, count, cell in zip((2, 3, 4), counts, cells, strict=True):
+        image = image.narrow(axis, 0, count * cell)
+    (z, y, x), (c, b, a) = counts, cells
+    image = image.reshape(*image.shape[:2], z, c, y, b, x, a).permute(2, 4, 6, 0, 1, 3, 5, 7)
+    samples = image.reshape(z * y * x, len(data[0]), -1)  # (cell, coil, n)
+    return _quietest(samples, samples.abs().square().sum((1, 2)), 1)
 
 
 def _periphery(data: Tensor, mask: Tensor) -> NoiseCovariance | None:
