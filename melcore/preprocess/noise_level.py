@@ -26,7 +26,7 @@ from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
 _WINDOWS = 16  # along the readout
 _OUTER = 0.5  # of the lines, by their distance from the centre of k-space
 _SMALL = 16  # samples of the calibration region along an axis, below which it resolves no corners
-_CLEARLY = 0.2  # of the logarithm of the variance
+_CLEARLY = 0.5  # of the logarithm of the variance
 _MOST_LINES = 1024
 _LEAST = 32  # samples of a coil behind any estimate
 _SILENT = 1e-8  # a coil whose variance is this far below the others' is dead
