@@ -74,7 +74,7 @@ def read_raw(path: Path, axes: Sequence[str] = ()) -> Raw:
         raise DataError(f"{path} holds NaN or infinity.")
     k_space = _sampled(k_space, path)
     known = "scan" if k_space.noise.whitened else "estimated"
-    white, _ = whitened_by_estimate(k_space)
+    white = whitened_by_estimate(k_space)[0]
     levels = torch.tensor(white.noise.level).expand(len(white.data)).clone()
     factor = math.sqrt(2) / levels
     return Raw((white.data * factor.view(-1, 1, 1, 1, 1, 1)).contiguous(), known)

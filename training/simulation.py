@@ -16,7 +16,7 @@ from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
 from melcore.errors import DataError
 from melcore.physics import Sense
 from melcore.physics.fourier import fft
-from melcore.preprocess.compression import coil_compression_matrix, compress_coils
+from melcore.preprocess.compression import compress_coils
 from melcore.preprocess.preparation import Preparation, prepare
 from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
 from melcore.simulate.acquisition import scale_to_snr
@@ -144,11 +144,7 @@ def draw_base(settings: DataSettings, preparation: Preparation, mixture: Mixture
     snr = _within(log_uniform(rng, settings.snr), scan)
     k_space = _measure(scan, kind, snr, rng)
     prepared = prepare(k_space, settings=replace(preparation, start_iterations=1))
-    complete = scan.complete
-    if preparation.coils is not None and preparation.coils < complete.shape[1]:
-        # The same matrix as inside `prepare`: it depends on the data alone.
-        matrix, _ = coil_compression_matrix(k_space.data, preparation.coils)
-        complete = compress_coils(complete, matrix)
+    complete = compress_coils(scan.complete, prepared.mixing[0])
     everywhere = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
     combined = Sense(prepared.coil_maps.data, everywhere, time=complete.shape[2]).adjoint(complete)
     _check_maps(complete, combined, scan.noise, snr)
