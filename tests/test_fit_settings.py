@@ -375,6 +375,7 @@ def test_learning_from_undersampled_data_alone_lowers_the_true_error(tmp_path: P
     config = tiny(tmp_path, loss={"self_supervised": {}}, training={"steps": 60}, optimiser={"learning_rate": 1e-2})
     subject = Trainer(config, blind, blind)
 
+    @torch.no_grad()
     def true_error() -> float:
         return judge(learned(subject.model)(place(examples[0])), place(examples[0]))["nrmse_db"]
 

@@ -7,10 +7,10 @@ With --max-hours the learning rate falls so that it has come to its end at the l
 machine's speed, and cannot be repeated bit by bit.
 
 Example:
-  mel fit modl_2d                                        # a configuration that ships, by name
+  mel fit primal_dual_2d                                 # a configuration that ships, by name
   mel fit my.yaml training.steps=5000 optimiser.learning_rate=1e-3
   mel fit my.yaml --max-hours 8
-  mel fit my.yaml --from modl_2d                         # begin with the weights of a bundle
+  mel fit my.yaml --from primal_dual_2d                  # begin with the weights of a bundle
   mel fit my.yaml --resume training.steps=20000
   torchrun --nproc-per-node 2 training/fit.py my.yaml training.batch=2
 """

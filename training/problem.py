@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from melcore.errors import DataError
 from melcore.physics import Sense
 from melcore.preprocess.preparation import cg_sense, cg_sense_weight
 from melcore.unrolled import Encoding
@@ -98,6 +99,22 @@ def place(
     sigma = prepared.sigma.to(device) * abs(factor)
     encoding = Encoding(operator, adjoint_data, sigma * sigma_factor)
     return Problem(encoding, initial, target, support.to(device), sigma, prior=prepared.prior.to(device))
+
+
+def check_layout(example: Example, dimensions: str, sets: int, name: str) -> None:
+    """Raise `DataError` if an example is not of the layout that a model is for; `name` says which one it is."""
+    found_sets, frames, slices = example.prepared.initial.shape[1:4]
+    wrong = ""
+    if found_sets != sets:
+        wrong = f"{found_sets} map sets, but the model is for {sets}"
+    elif frames > 1 and not dimensions.endswith("+t"):
+        wrong = f"{frames} frames, but the model is for {dimensions}"
+    elif slices > 1 and not dimensions.startswith("3d"):
+        wrong = f"{slices} slices, but the model is for {dimensions}"
+    elif slices == 1 and dimensions.startswith("3d"):
+        wrong = f"a single slice, but the model is for {dimensions}"
+    if wrong:
+        raise DataError(f"example {name} has {wrong}: take it out of the data, or train a model for it.")
 
 
 def crop(example: Example, window: int | None, generator: torch.Generator | None = None) -> Example:

@@ -21,7 +21,7 @@ from training.config import Config
 from training.example import Example
 from training.objective import Objective, finite
 from training.parallel import Team, choose_device
-from training.problem import Problem, crop
+from training.problem import Problem, check_layout, crop
 from training.schedule import learning_rate, step_seed
 from training.validation import Metrics, evaluate
 
@@ -228,6 +228,11 @@ class Trainer:
         self._elapsed = time_over
         return {"loss": total, "gradient": norm, "learning_rate": rate}
 
+    def _check(self, example: Example, number: int) -> None:
+        regulariser = self.model.iterations[0].regulariser
+        name = schedule.describe(self.examples, number)
+        check_layout(example, regulariser.dimensions, regulariser.sets, name)
+
     def _part_of_time(self) -> float:
         """Part of the time limit that is over, but for what the last validation will take."""
         hours = self.config.training.max_hours
@@ -254,7 +259,9 @@ class Trainer:
         window = settings.readout_window if stage is None else stage.readout_window or settings.readout_window
         for position in share:
             generator = torch.Generator().manual_seed(seed * 64 + position)
-            example = crop(self.examples[members[position]], window, generator)
+            example = self.examples[members[position]]
+            self._check(example, members[position])
+            example = crop(example, window, generator)
             problem = self.objective.problem(example, generator, jitter=True)
             del example
             loss = self._loss(problem, plan, None if stage is None else stage.iterations) / len(members)
