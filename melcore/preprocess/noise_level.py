@@ -108,7 +108,7 @@ def noise_deviation(covariance: NoiseCovariance) -> float:
 
 def whitened_by_estimate(
     k_space: KSpace, calibration: KSpace | None = None, *, mix: bool = True
-) -> tuple[KSpace, KSpace | None]:
+) -> tuple[KSpace, KSpace | None, Tensor]:
     """White k-space, from data that are not, by the noise that is estimated from them; white data as they are.
 
     The units of the data are kept, on average over the coils: their noise has the standard deviation that is told in
@@ -120,38 +120,45 @@ def whitened_by_estimate(
         Of the same coils.
     mix
         False leaves the samples as they are, and only tells the level: for coils whose maps are known already.
+
+    Returns
+    -------
+    k_space, calibration
+        With the noise that they have now.
+    mixing
+        What was done to the coils, complex ``(batch, coil, coil)``.
     """
-    noise = k_space.noise
+    noise, coils = k_space.noise, k_space.data.shape[1]
+    unchanged = torch.eye(coils, dtype=k_space.data.dtype, device=k_space.data.device)
+    unchanged = unchanged.expand(len(k_space.data), -1, -1)
     if noise.whitened and noise.source != "upstream":
-        return k_space, calibration
+        return k_space, calibration, unchanged
     matrices, levels = [], []
     for index in range(len(k_space.data)):
         covariance = estimate_noise(k_space, index)
         level = 0.0 if covariance is None else noise_deviation(covariance)
+        matrix = unchanged[index]
         if covariance is None or level == 0:
             level = math.sqrt(2) if noise.whitened else 1e-3 * float(k_space.data[index].abs().max())
-            covariance = None
+        elif mix:
+            matrix = (level * whitening_matrix(covariance, 0.0)).to(matrix)
         levels.append(level)
-        matrices.append(None if covariance is None else level * whitening_matrix(covariance, 0.0))
+        matrices.append(matrix)
     if noise.whitened and all(0.7 < level / math.sqrt(2) < 3 for level in levels):
-        return k_space, calibration  # as the server said
+        return k_space, calibration, unchanged  # as the server said
     known = Noise(whitened=True, source="estimated", level=tuple(levels))
     words = f"estimated from the data: standard deviation {', '.join(f'{level:.3g}' for level in levels)}"
     if mix:
         words += ", whitened by it"
 
+    mixing = torch.stack(matrices)
+
     def white(one: KSpace) -> KSpace:
         info = replace(one.info, provenance={**one.info.provenance, "noise": words})
         one = replace(one, noise=known, info=info, air=None)
-        if not mix:
-            return one
-        parts = [
-            part if matrix is None else torch.einsum("vc,c...->v...", matrix.to(part), part)
-            for part, matrix in zip(one.data, matrices, strict=True)
-        ]
-        return replace(one, data=torch.stack(parts))
+        return replace(one, data=torch.einsum("bvc,bc...->bv...", mixing, one.data)) if mix else one
 
-    return white(k_space), None if calibration is None else white(calibration)
+    return white(k_space), None if calibration is None else white(calibration), mixing
 
 
 def _level(matrix: Tensor) -> float:

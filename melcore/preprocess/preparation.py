@@ -15,7 +15,7 @@ from melcore.data import CoilMaps, KSpace
 from melcore.errors import DataError, ShapeError
 from melcore.physics import LinearOperator, Sense, conjugate_gradient
 from melcore.preprocess.calibration import calibration_region, signal_within
-from melcore.preprocess.compression import coil_compression_matrix, compress_coils
+from melcore.preprocess.compression import compress_coils, virtual_coils
 from melcore.preprocess.noise_level import whitened_by_estimate
 from melcore.preprocess.scaling import low_resolution_image, scale_within
 
@@ -36,7 +36,8 @@ class Preparation:
     Attributes
     ----------
     coils
-        Compress to at most so many virtual coils; None keeps all.
+        Compress to at most so many virtual coils. By default, to those that rise above the noise
+        (`melcore.preprocess.compression.virtual_coils`).
     map_sets
         Sets of sensitivity maps (2: soft SENSE).
     map_method
@@ -85,6 +86,8 @@ class Prepared:
         Fraction of the signal that the coil maps explain, at low resolution.
     support
         Where signal lies, boolean ``(batch, set, 1, z, y, x)``: of metrics and figures, never of the image.
+    mixing
+        What was done to the coils, complex ``(batch, virtual coil, coil)``: whitening and compression.
     prior
         Expected magnitude of the image at low resolution, relative to its root mean square in the support, positive,
         ``(batch, set, 1, z, y, x)``: CG-SENSE's penalty is weak where it is large (`image_prior`).
@@ -102,6 +105,7 @@ class Prepared:
     signal_in_maps: float = 1.0
     support: Tensor = field(kw_only=True)
     prior: Tensor = field(kw_only=True)
+    mixing: Tensor = field(kw_only=True)
     sigma: Tensor = field(kw_only=True)
     sigma_source: Literal["scan", "estimated"] = field(default="scan", kw_only=True)
 
@@ -145,15 +149,19 @@ def prepare(
         If given maps or calibration data do not fit the k-space.
     """
     _check(k_space, calibration, coil_maps)
-    k_space, calibration = whitened_by_estimate(k_space, calibration, mix=coil_maps is None)
+    k_space, calibration, mixing = whitened_by_estimate(k_space, calibration, mix=coil_maps is None)
     source = calibration or k_space
+    region = calibration_region(source.mask, source.data.shape)
     retained, eigenvalues = 1.0, None
     if coil_maps is None:
         # Imported here: estimating maps starts a program, which those who bring their own maps do not need.
         from melcore.io.bart import MapSettings, estimate_maps
 
-        if settings.coils is not None and settings.coils < k_space.data.shape[1]:
-            matrix, retained = coil_compression_matrix(source.data, settings.coils)
+        # An estimate of the noise is an upper bound: half of it may be all that there is.
+        bound = max(source.noise.level) * (0.5 if source.noise.source == "estimated" else 1.0)
+        matrix, retained = virtual_coils(source.data, region, bound, settings.coils)
+        if len(matrix) < matrix.shape[1]:
+            mixing = matrix.to(mixing) @ mixing
             k_space = replace(k_space, data=compress_coils(k_space.data, matrix))
             source = k_space if calibration is None else replace(source, data=compress_coils(source.data, matrix))
         wanted = MapSettings(
@@ -164,7 +172,6 @@ def prepare(
         if eigenvalues is not None and settings.map_sets > 1:
             # Where there is one image only, a second would take half of the noise in.
             coil_maps.data[:, 1:] *= (eigenvalues[:, 1:] > settings.map_crop).unsqueeze(2)
-    region = calibration_region(source.mask, source.data.shape)
     # More would not be blurred: the same of every acceleration.
     blurring = (min(region[0], _BLURRING), min(region[1], _BLURRING), min(region[2], _BLURRING))
     level = torch.tensor(source.noise.level, device=source.data.device)
@@ -191,6 +198,7 @@ def prepare(
         explained,
         support=support,
         prior=prior,
+        mixing=mixing,
         sigma=sigma,
         sigma_source=known,
     )
