@@ -143,10 +143,13 @@ def _view(entry: Entry, matrix: Matrix, zoom: float, rng: np.random.Generator) -
     order = rng.permutation(3)
     if slices and thick is not None:
         order = np.array([thick, *rng.permutation([axis for axis in range(3) if axis != thick])])
+    if (extent[order[1]] - extent[order[2]]) * (matrix[1] - matrix[2]) < 0 and rng.random() < 0.7:
+        order[[1, 2]] = order[[2, 1]]  # long sides along long sides, as technicians do
     shown = extent[order]  # along z, y, x of the matrix
     used = [axis for axis in range(3) if matrix[axis] > 1]
-    # Voxels are cubes, or nearly; the longest side decides.
-    side = max(shown[axis] / matrix[axis] for axis in used) / zoom
+    # Voxels are cubes, or nearly; the longest side decides, or the matrix would be filled with air: a mean of all.
+    sides = np.array([shown[axis] / matrix[axis] for axis in used])
+    side = (sides.max() if rng.random() < 0.5 else rng.uniform(sides.mean(), sides.max())) / zoom
     spacing = np.array([side * rng.uniform(0.9, 1.1) for _ in range(3)])
     centre = middle[order].copy()
     for axis in range(3):

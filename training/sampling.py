@@ -10,8 +10,8 @@ from melcore.preprocess import masks
 from training.config import MaskSettings
 from training.fields import draw_seed, log_uniform, whole
 
-# Of the plane, at most, that the fully sampled centre may take of what is sampled: something must be left elsewhere.
-_LARGEST_CENTRE = 0.6
+# Of what is sampled, at most, that the fully sampled centre may take: something must be left elsewhere.
+_LARGEST_CENTRE = 0.65
 _MISSING = 3 / 8  # of k-space along one axis, at most, with partial Fourier
 
 
@@ -40,7 +40,7 @@ def draw_mask(kind: MaskSettings, matrix: tuple[int, int, int], frames: int, rng
             count,
             y,
             acceleration,
-            max(1, min(calibration, int(0.95 * y / acceleration))),
+            max(1, min(calibration, int(_LARGEST_CENTRE * y / acceleration))),
             seed=draw_seed(rng),
             decay=log_uniform(rng, (0.1, 8.0)),
         )
