@@ -138,7 +138,7 @@ def exam_of(name: str, k_space: KSpace, *, subject: str = "", origin: str = "") 
             f"{name}: {missing:.0%} of its k-space {tuple(data.shape)} was not sampled, but a test exam must be fully "
             "sampled: there is no truth to judge by. Leave it out."
         )
-    white, _ = whitened_by_estimate(k_space)
+    white = whitened_by_estimate(k_space)[0]
     level = white.noise.level[0]
     return Exam(name, subject or name, white.data, level, k_space.info, white.mask, origin)
 

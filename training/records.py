@@ -54,7 +54,7 @@ class Records:
         try:
             with safe_open(path, framework="pt") as file:
                 figures = json.loads(file.metadata()["mel"])
-                sections = [file.get_tensor(f"section{index}") for index in range(figures["sections"])]
+                sections = [file.get_tensor(f"section{index}") for index in range(figures.pop("sections"))]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None  # absent, or damaged: made again
         return Record(figures, sections)

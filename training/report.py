@@ -7,7 +7,7 @@ from typing import Any
 
 from training.reference import METRICS, OBJECT_THRESHOLD, REGIONS
 from training.summary import TOLERANCE, methods_of, near_floor, with_best
-from training.tables import DIGITS, HEADINGS, difference, interval
+from training.tables import DIGITS, HEADINGS, counted, difference, interval
 
 Figures = dict[str, Any]
 
@@ -52,7 +52,7 @@ def page(content: Figures, curves: Mapping[str, bytes], panels: Mapping[str, byt
         _meaning(),
     ]
     for dimensions, found in content["summary"].items():
-        parts.append(f"<h2>{_text(dimensions)}: cases: {found['cases']}, subjects: {found['subjects']}</h2>")
+        parts.append(f"<h2>{_text(dimensions)}: {counted(found)}</h2>")
         parts.append(_paired(found["paired"]))
         parts += [_means(region, found["methods"]) for region in REGIONS]
         parts.append(_settings(found["by_setting"]))

@@ -17,11 +17,17 @@ def interval(entry: Figures, digits: int) -> str:
     return text if "low" not in entry else f"{text} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
 
 
+def counted(found: Figures) -> str:
+    """How many cases and subjects, in words."""
+    words = (f"{found[key]} {key[:-1] if found[key] == 1 else key}" for key in ("cases", "subjects"))
+    return " of ".join(words)
+
+
 def text_table(summary: Figures, rows: list[Figures]) -> str:
     """What ``mel evaluate`` prints."""
     lines: list[str] = []
     for dimensions, found in summary.items():
-        lines += ["", f"{dimensions}: cases: {found['cases']}, subjects: {found['subjects']}, means [95 % intervals]"]
+        lines += ["", f"{dimensions}: {counted(found)}, means [95 % intervals]"]
         for region in REGIONS:
             lines.append(f"  {region:26}" + "".join(f"{HEADINGS[metric]:>26}" for metric in METRICS))
             for method, means in found["methods"].items():
