@@ -37,11 +37,11 @@ Best = tuple[str, Tensor, dict[str, float]]
 
 def scans(data: Path) -> Iterator[tuple[str, RealScan]]:
     """Name of the bundle, and what it is tried on."""
-    yield from (("modl_2d", scan) for scan in measured_brains(data))
+    yield from (("primal_dual_2d", scan) for scan in measured_brains(data))
     yield from (
-        ("modl_3d", head(data, acceleration, name)) for name in ("chris_t1", "spm152") for acceleration in (4, 8)
+        ("primal_dual_3d", head(data, acceleration, name)) for name in ("chris_t1", "spm152") for acceleration in (4, 8)
     )
-    yield from (("modl_2dt", beating_heart(data, acceleration)) for acceleration in (4, 8, 12))
+    yield from (("primal_dual_2dt", beating_heart(data, acceleration)) for acceleration in (4, 8, 12))
 
 
 def best(candidates: Sequence[tuple[str, Callable[[], Tensor]]], truth: Example | Problem) -> Best:

@@ -8,7 +8,7 @@ sustained   exams one after the other through a warm server: exams per hour, and
 
     python benchmarks/streaming.py --small
     python benchmarks/streaming.py --output benchmarks/results/streaming
-    python benchmarks/streaming.py --only latency --cases 3d --models none modl_3d
+    python benchmarks/streaming.py --only latency --cases 3d --models none primal_dual_3d
 """
 
 import argparse
@@ -274,8 +274,8 @@ _WRITE = {"stock": _write(_give_stock), "ours": _write(_give_ours), "kernel": _w
 
 # Matrix (z, y, x), frames, coils, acceleration, calibration (z, y), pipeline, models; then the matrix of --small.
 CASES: dict[str, tuple[Any, ...]] = {
-    "2d": ((1, 256, 256), 1, 16, 4.0, (0, 24), "mel_cartesian_2d", ["none", "modl_2d"], (1, 48, 40)),
-    "cine": ((1, 192, 160), 16, 12, 8.0, (0, 8), "mel_cine_2dt", ["none", "modl_2dt"], (1, 40, 32)),
+    "2d": ((1, 256, 256), 1, 16, 4.0, (0, 24), "mel_cartesian_2d", ["none", "primal_dual_2d"], (1, 48, 40)),
+    "cine": ((1, 192, 160), 16, 12, 8.0, (0, 8), "mel_cine_2dt", ["none", "primal_dual_2dt"], (1, 40, 32)),
     "3d": ((128, 160, 192), 1, 8, 8.0, (24, 24), "mel_cartesian_3d", ["adjoint"], (16, 24, 20)),
 }
 
@@ -428,7 +428,7 @@ def sustained(options: argparse.Namespace) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - begin
     return [
         {
-            "exam": "x".join(map(str, (*shape[:0:-1], coils))) + ", modl_2d, from raw data",
+            "exam": "x".join(map(str, (*shape[:0:-1], coils))) + ", primal_dual_2d, from raw data",
             "exams": options.exams,
             "delivered": options.exams,
             "exams_per_hour": round(3600 * options.exams / seconds),

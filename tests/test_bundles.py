@@ -14,7 +14,7 @@ from training.config import load
 from training.problem import place
 from training.validation import judge, learned, zero_filled
 
-NAMES = ("modl_2d", "modl_3d", "modl_2dt")
+NAMES = ("primal_dual_2d", "primal_dual_3d", "primal_dual_2dt")
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
 
@@ -58,7 +58,7 @@ def compare(bundle: Bundle, scan: RealScan) -> tuple[dict[str, float], dict[str,
 def test_measured_brains(index: int) -> None:
     """Trained on simulation only, the 2D bundle beats CG-SENSE of the best weight on measured data."""
     scan = measured_brains(shared("data"))[index]
-    ours, sense, zero = compare(Bundle.load("modl_2d"), scan)
+    ours, sense, zero = compare(Bundle.load("primal_dual_2d"), scan)
     assert ours["nrmse_db"] < sense["nrmse_db"]
     assert ours["nrmse_db"] < zero["nrmse_db"] - 3
     assert ours["ssim"] > sense["ssim"] + 0.01
@@ -66,14 +66,14 @@ def test_measured_brains(index: int) -> None:
 
 
 def test_head_in_three_dimensions() -> None:
-    ours, sense, zero = compare(Bundle.load("modl_3d"), head(shared("data"), 6, voxel=3.5))
+    ours, sense, zero = compare(Bundle.load("primal_dual_3d"), head(shared("data"), 6, voxel=3.5))
     assert ours["nrmse_db"] < sense["nrmse_db"] - 0.5
     assert ours["nrmse_db"] < zero["nrmse_db"]
     assert ours["ssim"] > sense["ssim"]
 
 
 def test_beating_heart() -> None:
-    ours, sense, zero = compare(Bundle.load("modl_2dt"), beating_heart(shared("data"), 8, frames=10))
+    ours, sense, zero = compare(Bundle.load("primal_dual_2dt"), beating_heart(shared("data"), 8, frames=10))
     assert ours["nrmse_db"] < sense["nrmse_db"] - 2
     assert ours["nrmse_db"] < zero["nrmse_db"]
     assert ours["ssim"] > sense["ssim"]
@@ -81,7 +81,7 @@ def test_beating_heart() -> None:
 
 def test_the_reconstructor_gives_the_same_image() -> None:
     """The scanner's entrance and the benchmark's agree, whatever the unit of the data (here its peak is 5e13)."""
-    scan, bundle = measured_brains(shared("data"))[2], Bundle.load("modl_2d")
+    scan, bundle = measured_brains(shared("data"))[2], Bundle.load("primal_dual_2d")
     example = scan.example(bundle.preparation)
     with torch.no_grad():
         image = learned(bundle.model)(place(example)) * example.support * example.prepared.scale.view(-1, 1, 1, 1, 1, 1)

@@ -238,7 +238,7 @@ def test_folders_of_killed_processes_are_removed_and_others_not(tmp_path):
 def test_bart_that_dies_or_hangs_or_is_absent_is_told_or_survived(exam, tmp_path):
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
-    conventional, learned = properties(model="none"), properties(model="modl_2d", deadline=2)
+    conventional, learned = properties(model="none"), properties(model="primal_dual_2d", deadline=2)
     hurried = properties(model="none", map_timeout=2)
     _all(
         lambda: _fails(
@@ -258,7 +258,7 @@ def test_bart_that_dies_or_hangs_or_is_absent_is_told_or_survived(exam, tmp_path
 
 
 def test_want_of_memory_disk_or_time_is_told_or_survived(exam):
-    learned = {"model": "modl_2d"}
+    learned = {"model": "primal_dual_2d"}
     late = ("root-sum-of-squares", "cg-sense")  # whether BART is stopped in time or ends before
     _all(
         lambda: _gives(
@@ -274,7 +274,7 @@ def test_want_of_memory_disk_or_time_is_told_or_survived(exam):
 
 
 def test_a_bundle_or_data_that_are_damaged_are_told(exam, tmp_path):
-    bundle = Path(__file__).parents[1] / "pipelines" / "bundles" / "modl_2d.safetensors"
+    bundle = Path(__file__).parents[1] / "pipelines" / "bundles" / "primal_dual_2d.safetensors"
     cut, other = tmp_path / "cut.safetensors", tmp_path / "other.safetensors"
     cut.write_bytes(bundle.read_bytes()[:-1000])
     other.write_bytes(bytes(5000))

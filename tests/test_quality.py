@@ -149,7 +149,7 @@ def test_the_operator_of_the_figures_is_the_data() -> None:
 def test_doubts_reach_the_meta_data_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A simulated exam of fourfold acceleration, and a network that was trained for twofold."""
     trained = {"config": {"data": {"masks": [{"acceleration": [1.0, 2.0]}]}}}
-    model = replace(Bundle.load("modl_3d"), card=trained).save(tmp_path / "for2.safetensors")
+    model = replace(Bundle.load("primal_dual_3d"), card=trained).save(tmp_path / "for2.safetensors")
     raw, images = str(tmp_path / "exam.h5"), str(tmp_path / "images.h5")
     assert (
         main(

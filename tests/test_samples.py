@@ -187,7 +187,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path, capsys, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "modl_2d"], "without a network only, not by 'modl_2d'"),
+        (["--model", "primal_dual_2d"], "without a network only, not by 'primal_dual_2d'"),
         (["--memory", "2GiB", "--deadline", "3"], "without --memory and --deadline"),
         (["--pipeline", "mel_cartesian_2d", "--model", "none"], "the trajectory is radial: pipelines"),
     ],
@@ -197,8 +197,8 @@ def test_what_does_not_apply_is_refused(tmp_path, capsys, options, message):
     write_raw(tmp_path / "raw.h5", xml(), readouts(measured(trajectory), trajectory))
     assert main(["recon", str(tmp_path / "raw.h5"), "-o", str(tmp_path / "images.h5"), *options]) == 1
     assert message in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="not by modl_2d"):
-        reconstruct_samples(*load_samples(tmp_path / "raw.h5"), method="modl_2d")
+    with pytest.raises(ConfigError, match="not by primal_dual_2d"):
+        reconstruct_samples(*load_samples(tmp_path / "raw.h5"), method="primal_dual_2d")
 
 
 def test_a_separate_noise_scan_whitens_samples_too(tmp_path):

@@ -222,7 +222,7 @@ def test_wrong_arguments_are_said(capsys, tmp_path):
     file = tmp_path / "file"
     file.touch()
     for arguments, words in (
-        (["--model", "no_such"], "modl_2d"),
+        (["--model", "no_such"], "primal_dual_2d"),
         (["--bundles", str(folder / "no")], "no folder"),
         (["--memory", "lots"], "12GiB"),
         (["--deadline", "-1"], "deadline"),

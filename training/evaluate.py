@@ -7,8 +7,8 @@ panels and curves as PNG, and one page, evaluation.html, that needs no other fil
 interrupt it as you like, and the same command continues.
 
 Example:
-  mel evaluate modl_2d --data exam.h5 --acceleration 2,4,8 --snr 10,40,160 -o evaluation
-  mel evaluate mine.safetensors modl_2d --data prepared --baselines cg -o evaluation
+  mel evaluate primal_dual_2d --data exam.h5 --acceleration 2,4,8 --snr 10,40,160 -o evaluation
+  mel evaluate mine.safetensors primal_dual_2d --data prepared --baselines cg -o evaluation
   mel evaluate --data prepared -o conventional
 """
 
