@@ -8,9 +8,11 @@ and without network.
     mel recon exam.h5 -o images.h5
     mel recon exam.h5 --model brain3d.safetensors -o images.h5
     mel recon exam.h5 --model none -o images.h5
+    mel recon exam.h5 --model none --weight 0.01 --map-sets 2 -o images.h5
     mel recon exam.h5 --pipeline mel_cine_2dt --output-type complex -o images.h5
 
-`--model none` is CG-SENSE, `--model adjoint` the zero-filled image.
+`--model none` is CG-SENSE, `--model adjoint` the zero-filled image. The weight of CG-SENSE follows the noise, which is
+known from a noise scan and estimated otherwise.
 """
 
 import argparse
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto (the default), cpu, cuda, cuda:1")
     parser.add_argument("--memory", help="most memory that the reconstruction may use, for example 12GiB")
     parser.add_argument("--deadline", metavar="SECONDS", help="then a conventional, labelled image is made instead")
+    parser.add_argument("--weight", help="of CG-SENSE's penalty; by default it follows the noise and the acceleration")
+    parser.add_argument("--iterations", help="most steps of CG-SENSE; by default as many as it needs")
+    parser.add_argument("--map-sets", metavar="SETS", help="sets of coil maps: 1, or 2 for a field of view too small")
     parser.add_argument("--output-type", choices=("magnitude", "complex"), help="magnitude is the default")
     parser.add_argument("--noise", type=Path, metavar="NOISE.h5", help="raw file with the noise scan to whiten by")
     parser.add_argument(
@@ -73,6 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
         "device": arguments.device,
         "memory": arguments.memory,
         "deadline": arguments.deadline,
+        "weight": arguments.weight,
+        "iterations": arguments.iterations,
+        "map_sets": arguments.map_sets,
         "output": arguments.output_type,
         "partial_fourier": arguments.partial_fourier,
         "on_doubt": arguments.on_doubt,

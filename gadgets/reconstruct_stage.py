@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,9 @@ class ReconstructSettings:
         Seconds for the estimation of coil maps, so that a BART that hangs does not keep an exam for ever; a server has
         a limit of its own.
     map_sets, coils
-        Sets of coil maps, and virtual coils to compress to; by default what the model was trained with.
+        Sets of coil maps, and virtual coils to compress to at most; by default what the model was trained with.
+    weight, iterations
+        Of CG-SENSE, also where it is the fallback; by default they follow the noise and the acceleration.
     series
         `image_series_index` of the images.
     output
@@ -68,6 +71,8 @@ class ReconstructSettings:
     map_timeout: float = 3600.0
     map_sets: int | None = None
     coils: int | None = None
+    weight: float | None = None
+    iterations: int | None = None
     series: int = 1
     output: Literal["magnitude", "complex"] = "magnitude"
     send: Literal["images", "array"] = "images"
@@ -78,9 +83,11 @@ class ReconstructSettings:
     def __post_init__(self) -> None:
         if self.bundle is not None and self.model != "none":
             raise ConfigError(f"give a model or a bundle, not both: they are {self.model!r} and {self.bundle!r}.")
-        for name in ("map_sets", "coils"):
+        for name in ("map_sets", "coils", "iterations"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 at least, but is {value}.")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight must be a positive number, but is {self.weight}.")
         if self.deadline is not None and not self.deadline > 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
         if not self.map_timeout > 0:
@@ -132,7 +139,7 @@ def make_reconstructor(
     from melcore.preprocess.preparation import Preparation
     from melcore.reconstruct import Reconstructor
 
-    names = ("device", "deadline", "fallback", "partial_fourier", "on_doubt")
+    names = ("device", "deadline", "fallback", "partial_fourier", "on_doubt", "weight", "iterations")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if build is None:
         options["map_timeout"] = settings.map_timeout

@@ -91,6 +91,8 @@ class SharedReconstructor(Reconstructor):
                 "cg-sense",
                 device="cpu",
                 preparation=self.preparation or (self.bundle.preparation if self.bundle else Preparation()),
+                weight=self.weight,
+                iterations=self.iterations,
                 map_timeout=self.map_timeout,
                 cancel=self.cancel,
             )

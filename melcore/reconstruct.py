@@ -1,6 +1,7 @@
 """k-space and a model to an image: the one entrance for files, gadgets and scripts."""
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from melcore.unrolled.planning import plan_inference
 Conventional = Literal["cg-sense", "adjoint"]
 OnDoubt = Literal["record", "warn", "fallback"]
 CONVENTIONAL: tuple[Conventional, ...] = ("cg-sense", "adjoint")
+
+_CG_ITERATIONS = Preparation().start_iterations
 
 
 class DeadlineExceededError(MelError, TimeoutError):
@@ -84,6 +87,10 @@ class Reconstructor:
         the data (`MelError`) are raised in any case, for no method could help.
     preparation
         Replaces the bundle's (or the default) preparation.
+    weight, iterations
+        Of CG-SENSE: weight of its penalty on an image in units of what is expected of it
+        (`melcore.preprocess.preparation.cg_sense`), and most steps of conjugate gradients. By default the weight
+        follows the noise and the acceleration, and as many steps are taken as are needed.
     partial_fourier
         What conventional methods do about k-space that is one-sided (`melcore.preprocess.partial_fourier`): ``"zero"``
         leaves zeros and remarks on it, ``"homodyne"`` and ``"pocs"`` fill it after parallel imaging. A network knows
@@ -103,6 +110,8 @@ class Reconstructor:
     deadline: float | None = None
     fallback: bool = True
     preparation: Preparation | None = None
+    weight: float | None = None
+    iterations: int | None = None
     partial_fourier: Method = "zero"
     on_doubt: OnDoubt = "warn"
     map_timeout: float | None = None
@@ -123,6 +132,10 @@ class Reconstructor:
             raise unknown("answer to doubts", self.on_doubt, get_args(OnDoubt))
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"the deadline must be a positive number of seconds, but is {self.deadline}.")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ConfigError(f"the weight of CG-SENSE must be a positive number, but is {self.weight}.")
+        if self.iterations is not None and self.iterations < 1:
+            raise ConfigError(f"CG-SENSE takes 1 iteration at least, not {self.iterations}.")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -177,9 +190,11 @@ class Reconstructor:
         path, warning = "learned", ""
         if self.bundle is None:
             path = str(self.model)
-            image = _conventional(prepared, self.model, settings)
+            image = self._conventional(prepared, self.model)
         else:
-            spare = _seconds_of_cg_sense(prepared, settings.start_iterations) if self.deadline is not None else 0.0
+            spare = (
+                _seconds_of_cg_sense(prepared, self.iterations or _CG_ITERATIONS) if self.deadline is not None else 0.0
+            )
             try:
                 image = self._learned(self.bundle, prepared, begin, spare)
             except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
@@ -189,11 +204,11 @@ class Reconstructor:
                 path = "adjoint" if self._late(begin, spare) and not self._late(begin) else "cg-sense"
                 words = "CG-SENSE" if path == "cg-sense" else "the zero-filled image"
                 warning = f"the learned reconstruction failed, this is {words}: {' '.join(str(error).split())}"
-                image = _conventional(prepared, path, settings)
+                image = self._conventional(prepared, path)
         quality, found = self._judge(image, prepared, learned=path == "learned")
         if found and self.on_doubt == "fallback":
             path, warning = "cg-sense", f"the network's image is in doubt, this is CG-SENSE: {'; '.join(found)}"
-            image = _conventional(prepared, path, settings)
+            image = self._conventional(prepared, path)
             quality["data_residual"] = data_residual(image, prepared)
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
@@ -266,6 +281,13 @@ class Reconstructor:
             raise DataError("the network's image is not finite")
         return image
 
+    def _conventional(self, prepared: Prepared, method: object) -> Tensor:
+        """Whatever the preparation: a network may want to start from something simpler."""
+        if method == "adjoint":
+            return prepared.operator().adjoint(prepared.k_space.data)
+        settings = Preparation(start_weight=self.weight, start_iterations=self.iterations or _CG_ITERATIONS)
+        return start_image(prepared.k_space, prepared.coil_maps, prepared.sigma, settings, prepared.prior)
+
     def _check_time(self, begin: float, spare: float) -> None:
         if self._cancelled():
             raise DeadlineExceededError("the reconstruction was cancelled")
@@ -323,14 +345,6 @@ def _check_dimensions(bundle: Bundle, k_space: KSpace) -> None:
             f"the bundle {bundle.name} is for {bundle.dimensions} data, but these are {found} "
             f"{tuple(k_space.data.shape)}: choose a bundle for {found}, or --model none."
         )
-
-
-def _conventional(prepared: Prepared, method: object, settings: Preparation) -> Tensor:
-    if method == "adjoint":
-        return prepared.operator().adjoint(prepared.k_space.data)
-    return start_image(
-        prepared.k_space, prepared.coil_maps, prepared.sigma, replace(settings, start="zero"), prepared.prior
-    )
 
 
 def _element(prepared: Prepared, index: int) -> Prepared:

@@ -11,7 +11,7 @@ from melcore.bundle import Bundle
 from melcore.data import CoilMaps, KSpace, ScanInfo
 from melcore.errors import ConfigError, DataError, ShapeError, ToolError
 from melcore.physics import Sense, fft, ifft
-from melcore.preprocess.preparation import Preparation, prepare
+from melcore.preprocess.preparation import Preparation, prepare, start_image
 from melcore.reconstruct import DeadlineExceededError, Reconstructor
 from melcore.unrolled import build
 from tests.laws import random, relative
@@ -142,6 +142,50 @@ def test_start_from_the_time_average_helps_where_frames_are_alike() -> None:
     assert errors[1] < 0.75 * errors[0]
 
 
+def test_the_weight_of_cg_sense_follows_the_noise_unless_it_is_given() -> None:
+    quiet, loud, truth = exam(level=0.002), exam(level=0.2), disc(MATRIX)
+    maps = CoilMaps(smooth_maps(MATRIX, 6), source="known")
+    for k_space in (quiet, loud):
+        images = [
+            Reconstructor("cg-sense", weight=weight)(k_space, maps).image.data * (truth != 0)
+            for weight in (None, 1e-5, 1e-3, 0.1, 1.0)
+        ]
+        errors = [relative(image, truth) for image in images]
+        assert errors[0] < min(errors[1:]) * 1.1
+    few = Reconstructor("cg-sense", iterations=2)(quiet).image.data
+    assert against_truth(few) > 1.3 * against_truth(Reconstructor("cg-sense")(quiet).image.data)
+
+
+def test_the_fallback_is_the_cg_sense_that_users_get() -> None:
+    prepared = prepare(exam())
+    expected = start_image(
+        prepared.k_space, prepared.coil_maps, prepared.sigma, Preparation(start="zero"), prepared.prior
+    )
+    image = Reconstructor("none")(exam()).image.data / prepared.scale
+    assert relative(image, expected) < 1e-5
+    assert relative(prepared.initial, expected) < 1e-5
+
+
+def test_what_is_faint_is_shown() -> None:
+    """Far from the object, where maps are unsure: a spot of a twentieth of its brightness."""
+    spot = torch.zeros(1, 1, 1, *MATRIX)
+    spot[..., 4:7, 3:6] = 0.05
+    k_space = exam(level=0.002)
+    data = k_space.data + fft(smooth_maps(MATRIX, 6)[:, 0] * spot) * k_space.mask
+    image = Reconstructor("none")(replace(k_space, data=data)).image.data.abs()
+    assert float(image[..., 4:7, 3:6].mean()) == pytest.approx(0.05, rel=0.3)
+    assert bool((image > 0).all())
+
+
+def test_virtual_coils_are_those_that_rise_above_the_noise() -> None:
+    counts = [prepare(exam(coils=12, level=level)).k_space.data.shape[1] for level in (0.0005, 0.02, 1.0)]
+    assert 12 == counts[0] >= counts[1] > counts[2] >= 4
+    limited = prepare(exam(coils=12, level=0.0005), settings=Preparation(coils=5))
+    assert limited.k_space.data.shape[1] == 5
+    mixed = torch.einsum("bvc,bc...->bv...", limited.mixing, exam(coils=12, level=0.0005).data)
+    assert relative(limited.k_space.data * limited.scale, mixed) < 1e-5
+
+
 def test_separate_calibration_gives_the_maps() -> None:
     whole = exam()
     mask = whole.mask.clone()
@@ -270,6 +314,10 @@ class TestBadInput:
     def test_settings(self) -> None:
         with pytest.raises(ConfigError, match="deadline"):
             Reconstructor("none", deadline=0)
+        with pytest.raises(ConfigError, match="weight of CG-SENSE must be a positive number"):
+            Reconstructor("none", weight=0.0)
+        with pytest.raises(ConfigError, match="1 iteration at least"):
+            Reconstructor("none", iterations=0)
         with pytest.raises(ConfigError, match="nowhere"):
             Reconstructor("none", device="nowhere")
         with pytest.raises(ConfigError, match="no bundle 'unknown'"):

@@ -63,7 +63,7 @@ class Preparation:
     calibration_size: int | None = None
     map_crop: float = 0.8
     start: Literal["zero", "time average"] = "zero"
-    start_iterations: int = 60
+    start_iterations: int = 100
     start_weight: float | None = None
 
 
@@ -297,7 +297,7 @@ def cg_sense(
     *,
     prior: Tensor | None = None,
     reference: Tensor | None = None,
-    iterations: int = 60,
+    iterations: int = 100,
 ) -> Tensor:
     """CG-SENSE: the image ``x`` that minimises ``|A x - y|^2 + weight |(x - reference) / prior|^2``.
 
