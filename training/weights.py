@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from melcore.bundle import Bundle
 from melcore.errors import ConfigError, unknown
+from melcore.networks.shrinkage import shrinkages
 from melcore.unrolled import Unrolled
 from melcore.unrolled.build import REGULARISERS, SCHEMES
 from training.config import OptimiserSettings
@@ -82,7 +83,7 @@ class Average:
 
 
 # What may differ between a bundle and the model that begins from it, beside iterations that share their weights.
-_OPTIONS = {"iterations", "mu", "rho", "step", "cg_iterations", "relative_tolerance", "gradient"}
+_OPTIONS = {"iterations", "mu", "rho", "step", "relaxation", "cg_iterations", "relative_tolerance", "gradient"}
 
 
 def begin_from(model: Unrolled, architecture: Mapping[str, Any], bundle: Bundle) -> None:
@@ -114,7 +115,7 @@ def _plain(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """An architecture with its defaults written out, without what `begin_from` allows to differ."""
     scheme = SCHEMES[architecture.get("scheme", "modl")]
     regulariser = dict(architecture["regulariser"])
-    regulariser = {**_defaults(REGULARISERS[regulariser["name"]]), **regulariser}
+    regulariser = {**_defaults(REGULARISERS.get(regulariser["name"], shrinkages)), **regulariser}
     regulariser.pop("dropout", None)
     content = {"scheme": "modl", "shared": True, **_defaults(scheme), **architecture, "regulariser": regulariser}
     return {key: value for key, value in content.items() if key not in _OPTIONS}
