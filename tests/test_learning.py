@@ -17,6 +17,7 @@ from melcore.learning import (
     psnr,
     relative_l1,
     relative_l2,
+    relative_root,
     ssim,
     ssim_map,
 )
@@ -93,7 +94,7 @@ def test_what_lies_outside_the_support_does_not_count(metric) -> None:  # type: 
 
 
 @pytest.mark.parametrize(
-    "loss", [relative_l1, relative_l2, ReconstructionLoss(0.5, 0.2, 0.3), ReconstructionLoss(ssim=1)]
+    "loss", [relative_l1, relative_l2, ReconstructionLoss(0.5, 0.2, 0.3), ReconstructionLoss(ssim=1), relative_root]
 )
 def test_losses_vanish_at_the_truth_and_not_beside_it(loss) -> None:  # type: ignore[no-untyped-def]
     image, truth = _pair(2, 1, 2, 1, 12, 13)
@@ -115,6 +116,43 @@ def test_every_example_weighs_the_same() -> None:
     scale = torch.tensor([1.0, 1e4]).reshape(-1, *[1] * 5)
     for loss in (relative_l1, relative_l2):
         assert float(loss(image * scale, truth * scale)) == pytest.approx(float(loss(image, truth)))
+
+
+def test_the_root_term_is_nrmse_with_a_finite_gradient() -> None:
+    image, truth = _pair(3, 1, 1, 1, 9, 8)
+    assert float(relative_root(image, truth)) == pytest.approx(float(nrmse(image, truth).mean()), abs=1e-6)
+    assert float(relative_root(1e3 * image, 1e3 * truth)) == pytest.approx(float(relative_root(image, truth)))
+    perfect = truth.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(relative_root(perfect, truth), perfect)
+    assert bool(torch.isfinite(torch.view_as_real(gradient)).all())
+
+
+def test_terms_are_divided_by_those_of_a_reference() -> None:
+    image, truth = _pair(1, 1, 1, 2, 16, 13)
+    other, _ = _pair(1, 1, 1, 2, 16, 13, seed=1)
+    reference = truth + 0.3 * other
+    loss = ReconstructionLoss(0.4, 0.3, 0.2, 0.1)
+    divisors = loss.divisors(reference, truth)
+    assert divisors.keys() == {"l1", "l2", "ssim", "nrmse"}
+    assert float(loss(reference, truth, None, divisors)) == pytest.approx(1, abs=1e-5)
+    # Every term keeps its weight, whatever its size.
+    for name, weight in (("l1", 0.4), ("l2", 0.3), ("ssim", 0.2), ("nrmse", 0.1)):
+        alone = ReconstructionLoss(**{**dict.fromkeys(("l1", "l2", "ssim", "nrmse"), 0.0), name: weight})
+        ratio = alone.terms(image, truth)[name] / divisors[name]
+        assert float(alone(image, truth, None, divisors)) == pytest.approx(weight * float(ratio), rel=1e-9)
+    assert all(float(value) > 0 for value in loss.divisors(truth, truth).values()), "nothing is divided by zero"
+
+
+def test_the_region_of_a_loss() -> None:
+    image, truth = _pair(1, 1, 1, 1, 20, 14)
+    support = torch.zeros(1, 1, 1, 1, 20, 14, dtype=torch.bool)
+    support[..., 4:9, 3:11] = True
+    outside = torch.where(support, truth, image)
+    for region, expected in (("image", False), ("support", True)):
+        loss = ReconstructionLoss(0.5, 0.2, 0.0, 0.3, region=region)  # type: ignore[arg-type]
+        assert (float(loss(outside, truth, support)) < 1e-6) is expected
+    with pytest.raises(ConfigError, match="not over 'object'"):
+        ReconstructionLoss(region="object")  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_are_named() -> None:
