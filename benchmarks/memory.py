@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def predict() -> list[dict[str, Any]]:
         model = Unrolled.repeat(lambda network=network: MoDL(network()), count)
         with fake_tensors():
             measured, pure = (costs(model, shape, coils, fourier_cost=cost, **options) for cost in (10.0, 0.0))
-            measured.physics  # noqa: B018
-            pure.__dict__["physics"] = copy.copy(measured.physics)
+            for part in ("physics", "tail"):
+                pure.__dict__[part] = copy.copy(getattr(measured, part))
             plain = MemoryPlan.uniform("plain", count)
             plans = {name: MemoryPlan((entry(name, row_options),) * count) for name, row_options in SWEEP}
             for host in (False, True):
@@ -133,11 +134,10 @@ def _short(plan: MemoryPlan) -> str:
 
 def _convolution(pure: Any, plan: MemoryPlan) -> float:
     """Operations of convolutions alone."""
-    physics = pure.physics
-    none = type(physics)(physics.kept, physics.forward, physics.backward, 0.0, 0.0)
-    pure.__dict__["physics"] = none
+    parts = {name: getattr(pure, name) for name in ("physics", "tail")}
+    pure.__dict__.update({name: replace(part, work=0.0, backward_work=0.0) for name, part in parts.items()})
     work = pure.work(plan)
-    pure.__dict__["physics"] = physics
+    pure.__dict__.update(parts)
     return float(work)
 
 

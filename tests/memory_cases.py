@@ -9,9 +9,9 @@ from laws import random
 from torch import Tensor
 
 from melcore.memory import MemoryPlan
-from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN
+from melcore.networks import Regulariser, ResidualCNN, SpaceTimeCNN, shrinkages
 from melcore.physics import Sense
-from melcore.unrolled import ADMM, Encoding, Iteration, MoDL, ProximalGradient, Unrolled, VarNet
+from melcore.unrolled import ADMM, Encoding, Iteration, MoDL, PrimalDual, ProximalGradient, Unrolled, VarNet
 
 SCHEMES: dict[str, Callable[[Regulariser], Iteration]] = {
     "modl": lambda network: MoDL(network, mu=20.0, cg_iterations=3),
@@ -41,11 +41,49 @@ NETWORKS = [
 ]
 
 
-def encoding(matrix: tuple[int, int, int, int], *, batch: int = 1, dtype: torch.dtype = torch.complex128) -> Encoding:
-    """A SENSE encoding with random maps and mask, and random data."""
+@dataclass(frozen=True)
+class PrimalDualCase:
+    """Options of `melcore.networks.shrinkages`, and the (time, z, y, x) of images that they suit."""
+
+    name: str
+    options: dict[str, Any]
+    matrix: tuple[int, int, int, int]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def sets(self) -> int:
+        """Map sets of the images."""
+        return int(self.options.get("sets", 1))
+
+    def make(self, count: int = 4, *, dtype: torch.dtype = torch.float64) -> Unrolled:
+        """A model whose every gradient matters: places are looked at in the second and in the third step of four."""
+        torch.manual_seed(5)
+        small = {"filters": 4, "maps": 3, "channels": 4}
+        made = Unrolled([PrimalDual(step, step=0.8) for step in shrinkages(count, **(small | self.options))]).to(dtype)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn(parameter.shape, dtype=dtype), alpha=0.1)
+        return made
+
+
+PRIMAL_DUAL = [
+    PrimalDualCase("2d", {"dimensions": 2}, (1, 1, 6, 7)),
+    PrimalDualCase("3d", {"dimensions": 3, "scales": 2}, (1, 5, 4, 9)),
+    PrimalDualCase("2d+t", {"dimensions": 2, "series": True}, (4, 1, 5, 8)),
+    PrimalDualCase("2d+t-ends", {"dimensions": 2, "series": True, "circular": False, "scales": 2}, (5, 2, 3, 6)),
+    PrimalDualCase("two-sets", {"dimensions": 2, "sets": 2, "kernel": 5}, (1, 3, 5, 6)),
+]
+
+
+def encoding(
+    matrix: tuple[int, int, int, int], *, batch: int = 1, sets: int = 1, dtype: torch.dtype = torch.complex128
+) -> Encoding:
+    """A SENSE encoding with random maps and mask, and random data; elements of the batch differ in their noise."""
     time, *space = matrix
     mask = random((batch, 1, time, *space[:2], 1), seed=1).real > -0.3
-    operator = Sense(random((batch, 1, 2, 1, *space), dtype, seed=2) / 2, mask, time=time)
+    operator = Sense(random((batch, sets, 2, 1, *space), dtype, seed=2) / 2, mask, time=time)
     sigma = torch.linspace(0.1, 0.2, batch, dtype=operator.mask.dtype)
     return Encoding(operator, operator.adjoint(random(operator.codomain, dtype, seed=3)), sigma)
 

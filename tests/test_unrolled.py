@@ -67,6 +67,23 @@ def test_exact_gradients_are_those_of_the_iterations(mu: float, iterations: int)
     assert _distance(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize(("gradient", "tolerance"), [("exact", 0.0), ("exact", 1e-2), ("implicit", 1e-13)])
+def test_a_unit_is_only_a_scale_of_what_the_image_is_drawn_to(gradient: Any, tolerance: float) -> None:
+    problem = encoding(MATRIX, batch=2)
+    unit = random((2, 1, 1, 1, 1, 1), seed=4)
+    options = {"max_iterations": 6 if gradient == "exact" else 200, "relative_tolerance": tolerance}
+
+    def solve(e: Encoding, z: Tensor, w: Tensor, *, scaled: bool) -> Tensor:
+        given = {"z": z, "unit": unit} if scaled else {"z": z * unit}
+        return data_consistency(e.operator.normal, e.adjoint_data, mu=w, gradient=gradient, **given, **options)  # type: ignore[arg-type]
+
+    found, expected = (
+        _gradients(lambda e, z, w, scaled=scaled: solve(e, z, w, scaled=scaled), problem, 0.1)
+        for scaled in (True, False)
+    )
+    assert _distance(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3])
 def test_elements_that_stop_early_keep_their_gradients(tolerance: float) -> None:
     """The two elements of the batch stop after different numbers of iterations."""

@@ -40,14 +40,15 @@ def run(iterations: Sequence[IterationLike[E]], state: State, encoding: E, plan:
             f"the memory plan is made for {len(plans)} iterations, but the model has {len(iterations)}: make a new one."
         )
     sizes = [_size(state[0])]
-    shelf = Shelf(sum(entry.states == "slots" for entry in plans), plan.slots if plan else 0)
     tensors = state
+    del state
+    shelf = Shelf(sum(entry.states == "slots" for entry in plans), plan.slots if plan else 0)
     for index, (previous, current, entry) in enumerate(zip((None, *iterations), iterations, plans, strict=False)):
         tensors = execute(Unit(previous, current, entry), tensors, encoding, shelf, index)
         sizes.append(_size(tensors[0]))
-    state = iterations[-1].after(tensors[0], tensors[1:], encoding)
-    _check_finite([*sizes, _size(state[0])])
-    return state
+    last = iterations[-1].after(tensors[0], tensors[1:], encoding)
+    _check_finite([*sizes, _size(last[0])])
+    return last
 
 
 def _size(x: Tensor) -> Tensor:

@@ -208,8 +208,36 @@ def _separately(
     if unit.plan.hold_physics and not given and gradients[0] is not None:
         network = executor.vjp(regulariser, x.detach(), gradients[0], kept, learned)
     physical = [stand_ins[id(parameter)] for parameter in unit.physical]
-    found = _grad((x, *carry), [*leaves, *physical], (network[0], *gradients[1:]))
-    return [*found[: len(leaves)], *network[1], *found[len(leaves) :]]
+    to_x, to_learned = network
+    del network
+    ends, seeds = [*carry], [*gradients[1:]]
+    if to_x is not None and x.requires_grad:
+        box = [to_x]
+        with torch.enable_grad():
+            ends.append(HandedOver.apply(x, box))
+        seeds.append(torch.ones_like(ends[-1]))
+    del x, to_x
+    found = _grad(tuple(ends), [*leaves, *physical], seeds)
+    return [*found[: len(leaves)], *to_learned, *found[len(leaves) :]]
+
+
+class HandedOver(torch.autograd.Function):
+    """A scalar whose gradient with respect to a tensor comes out of a box.
+
+    Who calls `torch.autograd.grad` with a gradient holds that, and the tensor, to the end. Here both go as soon as they
+    were used, which saves two images.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, box: list[Tensor]) -> Tensor:
+        """The scalar."""
+        ctx.box = box
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        """The gradient, taken out of the box."""
+        return ctx.box.pop(), None
 
 
 def _grad(outputs: State, inputs: list[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -132,7 +132,7 @@ def cosine_filters(count: int, kernel: tuple[int, int, int, int]) -> Tensor:
     """The first discrete cosine filters but the constant one, ``(count, time, z, y, x)``; the norm of all is at most 1.
 
     Ahmed, Natarajan, Rao, Discrete cosine transform, IEEE Trans Comput C-23:90 (1974). Filters beyond their number are
-    small and random.
+    small and random. The norm is that of the convolutions without faces: the largest sum of all power spectra.
     """
     axes = [_cosines(size) for size in kernel]
     orders = sorted(itertools.product(*(range(size) for size in kernel)), key=lambda o: (sum(q * q for q in o), o))
@@ -142,7 +142,9 @@ def cosine_filters(count: int, kernel: tuple[int, int, int, int]) -> Tensor:
         atom = torch.randn(kernel, generator=generator)
         atom = atom - atom.mean()
         atoms.append(0.1 * atom / atom.norm().clamp(min=1e-6))
-    return torch.stack(atoms[:count]) / math.sqrt(math.prod(kernel))
+    filters = torch.stack(atoms[:count]) / math.sqrt(math.prod(kernel))
+    spectra = torch.fft.fftn(filters, [6 * size if size > 1 else 1 for size in kernel], dim=(1, 2, 3, 4))
+    return filters / spectra.abs().square().sum(0).max().sqrt().clamp(min=1.0)
 
 
 def _cosines(size: int) -> Tensor:

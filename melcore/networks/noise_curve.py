@@ -35,7 +35,7 @@ class NoiseCurve(nn.Module):
     def forward(self, log_sigma: Tensor) -> Tensor:
         """Logarithms of the weights, ``(n, count)``, at the logarithms of noise levels ``(n,)``."""
         knots = self.knots.to(log_sigma.dtype)
-        index = (torch.searchsorted(knots, log_sigma.detach()) - 1).clamp(0, len(knots) - 2)
+        index = (torch.searchsorted(knots, log_sigma.detach().contiguous()) - 1).clamp(0, len(knots) - 2)
         part = ((log_sigma - knots[index]) / (knots[index + 1] - knots[index]))[:, None]
         values = self.values.t()
         return (1 - part) * values[index] + part * values[index + 1]

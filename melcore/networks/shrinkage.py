@@ -20,7 +20,7 @@ from melcore.networks.regulariser import Regulariser
 
 # What a place may change of the logarithm of a threshold. Unbounded maps extrapolate badly on anatomy never seen.
 _BOUND = 2.5
-_TINY = 1e-12
+_TINY = 1e-20  # keeps the derivative of a magnitude finite where there is nothing
 
 
 class Thresholds(nn.Module):
@@ -132,10 +132,11 @@ class Shrinkage(Regulariser):
         """From stack to stack, real ``(row, time, z, channel, y, x)``."""
         filters = self.bank.filters
         image, dual, maps, constants = x.split([1, filters, self.maps, 2], dim=3)
-        dual = dual + self.log_step.exp() * self.bank(image)
+        # In place where nothing is differentiated: these tensors are many times larger than the image.
+        dual = self.bank(image).mul_(self.log_step.exp()).add_(dual)
         row, _, z, _, y, width = dual.shape
         pairs = dual.unflatten(0, (row // 2, 2))
-        magnitude = pairs.square().sum(1).add(_TINY).sqrt()
+        magnitude = torch.hypot(pairs[:, 0] + _TINY, pairs[:, 1])
         known = constants[::2, 0, 0, :, 0, 0]
         base = self.thresholds(known[:, 0], known[:, 1]) + self.offset
         level = base[:, None, None, :, None, None]
@@ -146,7 +147,9 @@ class Shrinkage(Regulariser):
             # The same at every time and for both parts of a number.
             change = torch.einsum("nzmyx,km->nzkyx", maps[::2, 0], self.mixture)
             level = level + (_BOUND * torch.tanh(change / _BOUND))[:, None]
-        dual = (pairs * (level.exp() / magnitude).clamp(max=1.0)[:, None]).flatten(0, 1)
+        ratio = level.exp() / magnitude
+        ratio = ratio.clamp(max=1.0) if ratio.requires_grad else ratio.clamp_(max=1.0)
+        dual = (pairs * ratio[:, None]).flatten(0, 1)
         return torch.cat([self.bank.adjoint(dual), dual, maps, constants], dim=3)
 
 
@@ -197,7 +200,7 @@ def shrinkages(
         )
     sizes = (time_kernel if series else 1, kernel if dimensions == 3 else 1, kernel, kernel)
     bank = FilterBank(filters, sizes, scales=scales, circular=circular)
-    gain = float(bank.weight.detach().flatten(1).norm(dim=1).mean())
+    gain = 1 / math.sqrt(math.prod(sizes) * scales)  # what an untrained filter lets through of white noise
     thresholds = Thresholds(filters, factor=factor * gain)
     places = sorted({min(count - 1, round(part * count)) for part in place_at}) if maps else []
     name = f"{dimensions}d" + ("+t" if series else "")

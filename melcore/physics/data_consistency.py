@@ -35,11 +35,12 @@ def data_consistency(
     z: Tensor,
     mu: Tensor,
     *,
+    unit: Tensor | None = None,
     max_iterations: int,
     relative_tolerance: float = 0.0,
     gradient: GradientMode = "exact",
 ) -> Tensor:
-    """Minimise ``|A x - y|^2 + mu |x - z|^2`` by conjugate gradients that begin at `z`.
+    """Minimise ``|A x - y|^2 + mu |x - unit z|^2`` by conjugate gradients that begin at ``unit z``.
 
     Parameters
     ----------
@@ -50,6 +51,8 @@ def data_consistency(
     z, mu
         Where the solution is drawn to, shaped as `adjoint_data`, and how strongly: a positive tensor, a scalar or one
         number for each element of the batch, ``(batch, 1, ...)``.
+    unit
+        What `z` is measured in, ``(batch, 1, ...)`` and not differentiated; 1 by default. Scaling here costs no image.
     max_iterations, relative_tolerance
         As for `melcore.physics.conjugate_gradient`.
     gradient
@@ -63,12 +66,14 @@ def data_consistency(
         The solution; differentiable once with respect to `adjoint_data`, `z` and `mu`.
     """
     if gradient == "exact":
-        return _Truncated.apply(adjoint_data, z, mu, normal, max_iterations, relative_tolerance)
+        return _Truncated.apply(adjoint_data, z, mu, unit, normal, max_iterations, relative_tolerance)
     if gradient != "implicit":
         raise ConfigError(f"gradients of data consistency are exact or implicit, not {gradient!r}.")
     if relative_tolerance <= 0:
         raise ConfigError("implicit gradients need a relative_tolerance > 0 for their solves, for example 1e-5.")
-    return _Implicit.apply(adjoint_data, z, mu, normal, max_iterations, relative_tolerance)
+    return _Implicit.apply(
+        adjoint_data, z if unit is None else z * unit, mu, normal, max_iterations, relative_tolerance
+    )
 
 
 def _add(target: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
@@ -103,16 +108,23 @@ class _Truncated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, adjoint_data: Tensor, z: Tensor, mu: Tensor, normal: Normal, max_iterations: int, tolerance: float
+        ctx: Any,
+        adjoint_data: Tensor,
+        z: Tensor,
+        mu: Tensor,
+        unit: Tensor | None,
+        normal: Normal,
+        max_iterations: int,
+        tolerance: float,
     ) -> Tensor:
         record = any(ctx.needs_input_grad[:3])
-        x = z.clone()
-        residual = adjoint_data - normal(z)  # mu z cancels
+        x = z.clone() if unit is None else z * unit
+        residual = adjoint_data - normal(x)  # mu x cancels
         direction = residual.clone()
         energy = inner_product(residual, residual)
         limit = torch.zeros_like(energy)
         if tolerance > 0:
-            rhs = adjoint_data + mu * z
+            rhs = adjoint_data + mu * x
             limit = tolerance**2 * inner_product(rhs, rhs)
             del rhs
         directions, scalars = [], []
@@ -137,7 +149,7 @@ class _Truncated(torch.autograd.Function):
             else:
                 direction.mul_(ratio).add_(residual)
             energy = new_energy
-        ctx.normal = normal
+        ctx.normal, ctx.unit = normal, unit
         if record:
             ctx.save_for_backward(mu, residual, *directions, *scalars)
         return x
@@ -187,7 +199,9 @@ class _Truncated(torch.autograd.Function):
             _add(to_residual, 2 * to_energy, _residual(directions, rows, 0))
         del to_direction
         to_z = ctx.normal(to_residual).neg_().add_(gradient)
-        return to_residual, to_z, _shaped(to_mu, mu), None, None, None
+        if ctx.unit is not None:
+            to_z *= ctx.unit.conj()
+        return to_residual, to_z, _shaped(to_mu, mu), None, None, None, None
 
 
 class _Implicit(torch.autograd.Function):

@@ -70,12 +70,11 @@ def build(architecture: Mapping[str, Any]) -> Unrolled:
         )
     if scheme is PrimalDual:
         del inner["name"]
-        return Unrolled(
-            [
-                _call(PrimalDual, options, "scheme option", step)
-                for step in _call(shrinkages, inner, "regulariser option", count)
-            ]
-        )
+        regularisers = _call(shrinkages, inner, "regulariser option", count)
+        steps = [_call(PrimalDual, options, "scheme option", step) for step in regularisers]
+        # Nothing follows the last extrapolation: a gradient that never comes would stop distributed training.
+        steps[-1].relaxation.requires_grad_(False)
+        return Unrolled(steps)
     regulariser = _choose(REGULARISERS, inner.pop("name"), "regulariser")
     return Unrolled.repeat(
         lambda: _call(scheme, options, "scheme option", _call(regulariser, inner, "regulariser option")),

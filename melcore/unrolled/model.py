@@ -83,8 +83,8 @@ class Unrolled(nn.Module):
                 f"{tuple(encoding.adjoint_data.shape)} differ in shape."
             )
         iterations = self.iterations
-        state = iterations[0].start(initial, encoding)
-        return run(iterations, state, encoding, memory)[0]
+        # No name holds the first state, so that it goes when the first iteration has used it.
+        return run(iterations, iterations[0].start(initial, encoding), encoding, memory)[0]
 
 
 def _duplicates(model: nn.Module) -> Mapping[str, str]:

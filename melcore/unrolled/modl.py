@@ -64,8 +64,9 @@ class MoDL(Iteration):
         x = data_consistency(
             encoding.operator.normal,
             encoding.adjoint_data,
-            regularised * encoding.network_unit,
+            regularised,
             weight_of(self.mu, encoding.sigma),
+            unit=encoding.network_unit,
             max_iterations=self.cg_iterations,
             relative_tolerance=self.relative_tolerance,
             gradient=self.gradient,
