@@ -125,13 +125,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"a heart beat has at least 2 phases, not {options.pairs} (--pairs).")
     if arguments.workers < 0:
         raise ConfigError(f"--workers must not be negative, but is {arguments.workers}.")
-    exams = find_exams(arguments.sources, options, arguments.subject)
     folder: Path = arguments.output
+    exams = find_exams(arguments.sources, folder, options, arguments.subject)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be made: {error.strerror}.") from None
     todo = [exam for exam in exams if not done(folder, exam, options)]
+    for exam in todo:
+        for stale in folder.glob(f".{exam.name}.*.part"):  # of a command that was killed
+            stale.unlink(missing_ok=True)
     bad: list[str] = []
     from tqdm import tqdm
 
@@ -153,8 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_exams(sources: Sequence[Path], options: Options, pattern: str | None = None) -> list[Exam]:
-    """What is to be read, in a fixed order.
+def find_exams(sources: Sequence[Path], folder: Path, options: Options, pattern: str | None = None) -> list[Exam]:
+    """What is to be read, in a fixed order, for a folder that may hold some of it already.
 
     Raises
     ------
@@ -194,12 +197,31 @@ def find_exams(sources: Sequence[Path], options: Options, pattern: str | None = 
     if not groups:
         hint = f"; --subject {pattern!r} fits none of {strays} files" if strays else ""
         raise DataError(f"nothing to prepare in {', '.join(map(str, sources))}{hint}.")
-    exams, counts = [], defaultdict(int)
+    exams, taken = [], set()
     for (subject, form, _), files in groups.items():
-        counts[subject] += 1
-        name = file_name(subject if counts[subject] == 1 else f"{subject}-{counts[subject]}")
-        exams.append(Exam(subject, name, form, tuple(sorted(files))))
+        stem = re.sub(r"\.nii$", "", files[0].stem)
+        name = subject if form in ("picture", "pairs", "stack", "dicom") or stem == subject else f"{subject}-{stem}"
+        exam = Exam(subject, _free_name(folder, name, files, taken), form, tuple(sorted(files)))
+        taken.add(exam.name)
+        exams.append(exam)
     return exams
+
+
+def _free_name(folder: Path, name: str, files: Sequence[Path], taken: set[str]) -> str:
+    """Name of a file that is not another exam's, of this command or of one before."""
+    count = 1
+    while True:
+        found = file_name(name if count == 1 else f"{name}-{count}")
+        if found not in taken and (not (folder / found).is_file() or _same_exam(folder / found, files)):
+            return found
+        count += 1
+
+
+def _same_exam(path: Path, files: Sequence[Path]) -> bool:
+    try:
+        return bool(set(read_record(path).sources) & {file.name for file in files})
+    except DataError:
+        return True  # damaged: to be made again
 
 
 def done(folder: Path, exam: Exam, options: Options) -> bool:
