@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from melcore.errors import DataError
@@ -139,7 +138,7 @@ def write_subject(folder: Path, entry: Entry, tensors: Mapping[str, Tensor]) -> 
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
     record = asdict(entry) | {"digest": digest.hexdigest()[:32]}
     metadata = {"format": _FORMAT, "version": str(_VERSION), "entry": json.dumps(record)}
     with replacing(folder / entry.file) as temporary:

@@ -45,7 +45,7 @@ def usable(entry: Entry, dimensions: Dimensions) -> bool:
     """Whether images of this kind can be drawn from a subject."""
     if dimensions == "3d":
         volume = entry.kind in ("volume", "labels") and thick_axis(entry) is None
-        return volume or (entry.kind == "k-space" and entry.shape[-3] > 1)
+        return volume or (entry.kind == "k-space" and min(entry.shape[-3:]) > 1)
     if entry.kind == "k-space":
         return dimensions == "2d" or entry.shape[2] > 1
     return True
