@@ -7,7 +7,7 @@ what is there in each phase.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class Cost:
     backward_work: float
 
 
+I = TypeVar("I", bound=IterationLike[Any])  # noqa: E741
+
+
 class Costs:
     """What the parts of a model cost, measured on fake tensors when first asked for.
 
@@ -79,8 +82,7 @@ class Costs:
         self.fourier_cost, self.convolution = fourier_cost, convolution
         self.iteration = iterations[len(iterations) // 2]
         self.unit = Unit(self.iteration, self.iteration, IterationPlan())
-        alike: dict[object, IterationLike[Any]] = {}
-        self._alike = [alike.setdefault(_structure(iteration.regulariser), iteration) for iteration in iterations]
+        self._alike = alike(iterations)
         with torch.no_grad():
             self.x, carry = self.iteration.before(state, encoding)
         self.carry = carry
@@ -267,10 +269,15 @@ def _learned(regulariser: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in regulariser.parameters() if parameter.requires_grad]
 
 
-def _structure(regulariser: nn.Module) -> object:
-    """Equal for regularisers that cost the same."""
-    shapes = [(name, parameter.shape, parameter.requires_grad) for name, parameter in regulariser.named_parameters()]
-    return repr(regulariser), tuple(shapes)
+def alike(iterations: Sequence[I]) -> list[I]:
+    """For each iteration, the first whose regulariser is built alike, and costs the same."""
+    first: dict[object, I] = {}
+
+    def structure(module: nn.Module) -> object:
+        shapes = [(name, parameter.shape, parameter.requires_grad) for name, parameter in module.named_parameters()]
+        return repr(module), tuple(shapes)
+
+    return [first.setdefault(structure(iteration.regulariser), iteration) for iteration in iterations]
 
 
 def _bytes(tensor: Tensor) -> int:

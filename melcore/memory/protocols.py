@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
@@ -70,6 +71,14 @@ class LayeredLike(Protocol):
 
     def from_features(self, features: Tensor, /) -> Tensor:
         """Inverse of `to_features`."""
+
+
+@runtime_checkable
+class SampledLike(Protocol):
+    """A regulariser that knows what its input looks like, if not an image."""
+
+    def sample(self, matrix: tuple[int, int, int, int], generator: torch.Generator, /) -> Tensor:
+        """Random input in double precision, for images of a (time, z, y, x)."""
 
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]

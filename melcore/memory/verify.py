@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from melcore.errors import ConfigError
 from melcore.memory import executors
 from melcore.memory.plan import IterationPlan, MemoryPlan
+from melcore.memory.protocols import SampledLike
 
 _BOUND = 1e-9
 
@@ -41,9 +42,14 @@ def verify(regulariser: nn.Module, plan: IterationPlan | MemoryPlan, *, sets: in
     if any(entry.axis == "time" for entry in entries):
         time = max(time, 2 * halo[0] + 5)
     generator = torch.Generator().manual_seed(1)
-    shape = (1, getattr(regulariser, "sets", sets), time, z, y, x)
     device = next((parameter.device for parameter in regulariser.parameters()), torch.device("cpu"))
-    image, gradient = (torch.randn(shape, dtype=torch.complex128, generator=generator).to(device) for _ in range(2))
+    if isinstance(double, SampledLike):
+        image = double.sample((time, z, y, x), generator)
+    else:
+        shape = (1, getattr(regulariser, "sets", sets), time, z, y, x)
+        image = torch.randn(shape, dtype=torch.complex128, generator=generator)
+    gradient = torch.randn(image.shape, dtype=image.dtype, generator=generator).to(device)
+    image = image.to(device)
     expected = _by_autograd(double, image, gradient)
     for entry in entries:
         if entry.executor in ("plain", "checkpoint", "store"):

@@ -32,6 +32,10 @@ class Regulariser(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Regularise: complex ``(batch, set, time, z, y, x)`` to the same shape."""
 
+    def sample(self, matrix: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+        """Random input in double precision, for images of a (time, z, y, x)."""
+        return torch.randn((1, self.sets, *matrix), dtype=torch.complex128, generator=generator)
+
 
 class LocalRegulariser(Regulariser):
     """``x + from_features(layers(to_features(x)))`` with local layers and pointwise activations.

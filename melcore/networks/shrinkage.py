@@ -128,6 +128,14 @@ class Shrinkage(Regulariser):
         """Of a stack."""
         return 1 + self.bank.filters + self.maps + 2
 
+    def sample(self, matrix: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+        """See `Regulariser.sample`; the constants are those of an everyday scan."""
+        time, z, y, x = matrix
+        shape = (2 * self.sets, time, z, self.channels, y, x)
+        stack = torch.randn(shape, dtype=torch.float64, generator=generator)
+        stack[:, :, :, -2:] = torch.tensor([math.log(0.02), math.log(4.0)], dtype=torch.float64).view(2, 1, 1)
+        return stack
+
     def forward(self, x: Tensor) -> Tensor:
         """From stack to stack, real ``(row, time, z, channel, y, x)``."""
         filters = self.bank.filters

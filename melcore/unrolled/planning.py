@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from melcore.errors import MemoryBudgetError
 from melcore.memory import MemoryPlan
-from melcore.memory.costs import FOURIER_COST, MARGIN, Costs
+from melcore.memory.costs import FOURIER_COST, MARGIN, Costs, alike
 from melcore.memory.executors import why_not
 from melcore.memory.meter import Meter, fake_tensors
 from melcore.memory.plan import Way
@@ -158,13 +158,14 @@ def plan_inference(
     for candidate in candidates:
         with fake_tensors(), torch.no_grad():
             twin, encoding = _fake_problem(model, shape, coils, time, 1, sets, sampled_readout)
-            # Every iteration holds the same; the last one stands for all.
-            twin.order = twin.order[-1:]
-            with Meter() as meter:
-                meter.hold(*twin.parameters(), *encoding.operator.buffers(), encoding.adjoint_data)
-                only = MemoryPlan(candidate.iterations[-1:])
-                twin.refine(encoding, torch.empty_like(encoding.adjoint_data), memory=only)
-                peak = int(meter.peak * (1 + margin))
+            peak = 0
+            for one in dict.fromkeys(alike(twin.iterations)):
+                alone = Unrolled([one, one])
+                with Meter() as meter:
+                    meter.hold(*twin.parameters(), *encoding.operator.buffers(), encoding.adjoint_data)
+                    only = MemoryPlan(candidate.iterations[:1] * 2)
+                    alone.refine(encoding, torch.empty_like(encoding.adjoint_data), memory=only)
+                    peak = max(peak, int(meter.peak * (1 + margin)))
         if peak <= budget:
             return replace(candidate, predicted_peak_bytes=peak)
         least = min(least or peak, peak)

@@ -33,8 +33,8 @@ def make(plan: IterationPlan, regulariser: nn.Module) -> ExecutorLike:
     if reason is None:
         return _MAKE[plan.executor](plan)
     instead = "nested" if nested.why_not(regulariser) is None else "store"
-    # Python shows a warning of one text from one line once, which is what somebody who trains for days wants.
-    warnings.warn(f"the regulariser cannot be executed as {plan.executor}: {reason}; {instead} it is.", stacklevel=2)
+    # Python shows a warning of one text once for each line, here this one: enough for somebody who trains for days.
+    warnings.warn(f"the regulariser cannot be executed as {plan.executor}: {reason}; {instead} it is.", stacklevel=1)
     return _MAKE[instead](plan)
 
 
