@@ -1,17 +1,20 @@
 """Figures that tell whether a reconstruction can be trusted, from the data alone, and the doubts that they raise."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from melcore.defects import Residual
 from melcore.physics import Sense
 from melcore.preprocess.preparation import Prepared
 
-# An image that fits the samples this much worse than the start image does shows something else than was measured.
-_WORST_FIT = 1.5
-# Of the signal, within the coil maps.
+# An image that fits the samples so much worse than their noise, and than CG-SENSE does, shows something else than was
+# measured; and so a readout.
+_WORST_FIT, _BEYOND_FIT = 1.5, 0.01
+_WORST_LINE = 36.0
+# Of the signal, explained by the coil maps.
 _LEAST_IN_MAPS = 0.8
 # How far beyond what a network was trained on it may go: it is local, so the matrix matters least.
 _ACCELERATION_BEYOND, _MATRIX_BEYOND = 1.25, 4.0
@@ -50,13 +53,37 @@ def acceleration(prepared: Prepared) -> float:
     return 1.0 / float(prepared.k_space.mask.float().mean())
 
 
+def departures(image: Sequence[Residual], cg_sense: Sequence[Residual]) -> list[str]:
+    """How a network's image departs from the measurement, beyond the noise and beyond CG-SENSE; one line each.
+
+    Parameters
+    ----------
+    image, cg_sense
+        `melcore.defects.residuals` of both.
+    """
+    found = []
+    for index, (ours, theirs) in enumerate(zip(image, cg_sense, strict=True)):
+        where = f" (slice {index})" if len(image) > 1 else ""
+        if ours.relative > _WORST_FIT * max(theirs.relative, ours.noise) + _BEYOND_FIT:
+            found.append(
+                f"the image departs from the measurement by {ours.relative:.1%}, CG-SENSE by {theirs.relative:.1%}, "
+                f"the noise is {ours.noise:.1%}{where}"
+            )
+            continue
+        worst = ours.lines / torch.maximum(theirs.lines, torch.ones(()))
+        if bool((worst > _WORST_LINE).any()):
+            place = tuple(ours.line_at[int(worst.argmax())].tolist())
+            found.append(f"the image departs from the readout at {place} (time, z, y), which CG-SENSE fits{where}")
+    return found
+
+
 def doubts(figures: Mapping[str, float], prepared: Prepared, card: Mapping[str, Any]) -> list[str]:
-    """Why a network's image should be looked at with suspicion, one line each.
+    """Where data are unlike those that a network was trained on, or its maps fit them badly; one line each.
 
     Parameters
     ----------
     figures
-        ``data_residual``, ``start_residual`` (of the start image), ``acceleration`` and ``signal_in_maps``.
+        ``acceleration``, ``noise_part`` and ``signal_in_maps``.
     prepared
         The data.
     card
@@ -64,11 +91,9 @@ def doubts(figures: Mapping[str, float], prepared: Prepared, card: Mapping[str, 
         for simulated training data have none.
     """
     found = []
-    fit, start = figures["data_residual"], figures["start_residual"]
-    if fit > _WORST_FIT * start:
-        found.append(f"the image departs from the measurement by {fit:.1%}, the start image by {start:.1%}")
-    if figures["signal_in_maps"] < _LEAST_IN_MAPS:
-        found.append(f"only {figures['signal_in_maps']:.0%} of the signal lies within the coil maps")
+    # Of noise, one image explains what one coil has.
+    if figures["signal_in_maps"] < _LEAST_IN_MAPS - figures["noise_part"]:
+        found.append(f"only {figures['signal_in_maps']:.0%} of the signal is explained by the coil maps")
     return found + _beyond_training(figures["acceleration"], prepared, card)
 
 

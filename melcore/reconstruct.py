@@ -14,12 +14,13 @@ from torch import Tensor
 
 from melcore.bundle import Bundle
 from melcore.data import CoilMaps, Image, KSpace
+from melcore.defects import defects, residuals
 from melcore.errors import ConfigError, DataError, MelError, ToolError, unknown
 from melcore.memory import MemoryPlan
 from melcore.physics import LinearOperator, ifft
 from melcore.preprocess.partial_fourier import METHODS, Method, treat_image
 from melcore.preprocess.preparation import Preparation, Prepared, prepare, start_image
-from melcore.quality import acceleration, data_residual, doubts, map_support, noise_part
+from melcore.quality import acceleration, data_residual, departures, doubts, map_support, noise_part
 from melcore.unrolled import Encoding
 from melcore.unrolled.planning import plan_inference
 
@@ -188,13 +189,14 @@ class Reconstructor:
             return _without_maps(k_space, time.perf_counter() - begin, error)
         timings = {"prepare": time.perf_counter() - begin}
         path, warning = "learned", ""
+        ready = self._cg_sense_ready(settings)
         if self.bundle is None:
             path = str(self.model)
-            image = self._conventional(prepared, self.model)
+            image = self._conventional(prepared, self.model, ready=ready)
         else:
-            spare = (
-                _seconds_of_cg_sense(prepared, self.iterations or _CG_ITERATIONS) if self.deadline is not None else 0.0
-            )
+            spare = 0.0
+            if self.deadline is not None and not ready:
+                spare = _seconds_of_cg_sense(prepared, self.iterations or _CG_ITERATIONS)
             try:
                 image = self._learned(self.bundle, prepared, begin, spare)
             except Exception as error:  # whatever it is: the data are sound, so a patient's exam can still be saved
@@ -204,42 +206,54 @@ class Reconstructor:
                 path = "adjoint" if self._late(begin, spare) and not self._late(begin) else "cg-sense"
                 words = "CG-SENSE" if path == "cg-sense" else "the zero-filled image"
                 warning = f"the learned reconstruction failed, this is {words}: {' '.join(str(error).split())}"
-                image = self._conventional(prepared, path)
-        quality, found = self._judge(image, prepared, learned=path == "learned")
-        if found and self.on_doubt == "fallback":
+                image = self._conventional(prepared, path, ready=ready)
+        quality, found = self._judge(image, prepared, path)
+        if found and path == "learned" and self.on_doubt == "fallback":
             path, warning = "cg-sense", f"the network's image is in doubt, this is CG-SENSE: {'; '.join(found)}"
-            image = self._conventional(prepared, path)
+            image = self._conventional(prepared, path, ready=ready)
             quality["data_residual"] = data_residual(image, prepared)
         treated = treat_image(image, k_space.mask, None if path == "learned" else self.partial_fourier)
         image = treated.image
         timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
         image = image.cpu() * prepared.scale.view(-1, 1, 1, 1, 1, 1)
-        info = k_space.info
+        info = prepared.k_space.info
         if treated.record:
             info = replace(info, provenance={**info.provenance, "partial_fourier": treated.record})
         remarks = [treated.record] if treated.warning else []
-        if path == "learned" and self.on_doubt == "warn":
+        if self.on_doubt == "warn" and not warning:
             remarks += found
         timings["total"] = time.perf_counter() - begin
         return Reconstruction(Image(image, info), quality, timings, path, warning, tuple(remarks), tuple(found))
 
-    def _judge(self, image: Tensor, prepared: Prepared, *, learned: bool) -> tuple[dict[str, float], list[str]]:
-        """Figures of an image, and what is doubtful about it if a network made it."""
+    def _judge(self, image: Tensor, prepared: Prepared, path: str) -> tuple[dict[str, float], list[str]]:
+        """Figures of an image, and what is doubtful about it and its data."""
         figures = {
             "acceleration": acceleration(prepared),
             "data_residual": data_residual(image, prepared),
             "map_support": map_support(prepared),
             "retained_energy": prepared.retained_energy,
+            "noise_part": noise_part(prepared),
             "scale": float(prepared.scale.mean()),
+            "sigma": float(prepared.sigma.mean()),
             "signal_in_maps": prepared.signal_in_maps,
         }
-        noise = noise_part(prepared)
-        if noise is not None:
-            figures["noise_part"] = noise
-        if not learned or self.bundle is None:
-            return figures, []
-        figures["start_residual"] = data_residual(prepared.initial, prepared)
-        return figures, doubts(figures, prepared, self.bundle.card)
+        if path == "adjoint":
+            return figures, []  # whoever asks for so little would not wait for a better image to compare it with
+        reference = prepared.initial
+        if not _is_cg_sense(self.preparation or (self.bundle.preparation if self.bundle else Preparation())):
+            reference = start_image(prepared.k_space, prepared.coil_maps, prepared.sigma, prior=prepared.prior)
+        left = residuals(reference, prepared)
+        figures["cg_sense_residual"] = math.sqrt(sum(one.relative**2 for one in left) / len(left))
+        figures["unexplained"] = max(one.unexplained for one in left)
+        found = defects(prepared, left)
+        if path == "learned" and self.bundle is not None:
+            found = [*departures(residuals(image, prepared), left), *found]
+            found += doubts(figures, prepared, self.bundle.card)
+        return figures, found
+
+    def _cg_sense_ready(self, settings: Preparation) -> bool:
+        """Whether the start image is the CG-SENSE that would be given."""
+        return _is_cg_sense(settings) and self.weight is None and self.iterations is None
 
     @contextlib.contextmanager
     def room(self, _shape: Sequence[int]) -> Iterator[None]:
@@ -281,10 +295,12 @@ class Reconstructor:
             raise DataError("the network's image is not finite")
         return image
 
-    def _conventional(self, prepared: Prepared, method: object) -> Tensor:
+    def _conventional(self, prepared: Prepared, method: object, *, ready: bool) -> Tensor:
         """Whatever the preparation: a network may want to start from something simpler."""
         if method == "adjoint":
             return prepared.operator().adjoint(prepared.k_space.data)
+        if ready:
+            return prepared.initial
         settings = Preparation(start_weight=self.weight, start_iterations=self.iterations or _CG_ITERATIONS)
         return start_image(prepared.k_space, prepared.coil_maps, prepared.sigma, settings, prepared.prior)
 
@@ -329,6 +345,16 @@ class Reconstructor:
                 sampled_readout=sampled_readout,
             )
         return self._plans[key]
+
+
+def _is_cg_sense(settings: Preparation) -> bool:
+    """Whether a start image is the default CG-SENSE."""
+    default = Preparation()
+    return (settings.start, settings.start_weight, settings.start_iterations) == (
+        default.start,
+        default.start_weight,
+        default.start_iterations,
+    )
 
 
 def data_dimensions(k_space: KSpace) -> str:

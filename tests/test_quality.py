@@ -129,7 +129,7 @@ def test_maps_that_miss_signal_are_doubted() -> None:
     maps = smooth_maps(MATRIX, 6)
     maps[..., : MATRIX[2] // 2] = 0
     found = Reconstructor(bundle())(exam(), CoilMaps(maps, source="half")).doubts
-    assert [words for words in found if "of the signal lies within the coil maps" in words]
+    assert [words for words in found if "of the signal is explained by the coil maps" in words]
 
 
 def test_an_unknown_answer_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from melcore.bundle import Bundle
-from melcore.data import CoilMaps, KSpace, ScanInfo
+from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
 from melcore.errors import ConfigError, DataError, ShapeError, ToolError
 from melcore.physics import Sense, fft, ifft
 from melcore.preprocess.preparation import Preparation, prepare, start_image
@@ -178,7 +178,10 @@ def test_what_is_faint_is_shown() -> None:
 
 
 def test_virtual_coils_are_those_that_rise_above_the_noise() -> None:
-    counts = [prepare(exam(coils=12, level=level)).k_space.data.shape[1] for level in (0.0005, 0.02, 1.0)]
+    told = [Noise(whitened=True, source="scan", level=(level,)) for level in (0.0005, 0.02, 1.0)]
+    counts = [
+        prepare(replace(exam(coils=12, level=noise.level[0]), noise=noise)).k_space.data.shape[1] for noise in told
+    ]
     assert 12 == counts[0] >= counts[1] > counts[2] >= 4
     limited = prepare(exam(coils=12, level=0.0005), settings=Preparation(coils=5))
     assert limited.k_space.data.shape[1] == 5
@@ -223,7 +226,9 @@ class TestFallback:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("melcore.reconstruct._seconds_of_cg_sense", lambda *_: 2000.0)
-        result = Reconstructor(bundle(), deadline=1000.0)(exam())
+        # A start image that is CG-SENSE itself is ready at once.
+        assert Reconstructor(bundle(), deadline=1000.0)(exam()).path_taken == "learned"
+        result = Reconstructor(bundle(), deadline=1000.0, preparation=Preparation(start="time average"))(exam())
         assert result.path_taken == "adjoint"
         assert "zero-filled" in result.warning
         assert torch.equal(result.image.data, Reconstructor("adjoint")(exam()).image.data)
