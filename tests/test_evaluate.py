@@ -30,7 +30,7 @@ from training.baselines import oracle_cg_sense, pics, pics_kinds, tuned_pics
 from training.cases import MASKS, Case, Exam, exam_of, make_case
 from training.comparison import ORACLE, Setup, compare
 from training.exams import read_exams, simulated_exam
-from training.reference import coil_matrix, reference
+from training.reference import reference
 from training.summary import bootstrap, near_floor, summarise
 from training.sweep import sweep
 
@@ -136,11 +136,6 @@ def test_the_reference_follows_whitening_and_compression() -> None:
     mixed = Exam("mixed", "", torch.einsum("vc,bctzyx->bvtzyx", correlated, one.complete), 0.0, one.info)
     case = make_case(mixed, acceleration=2, snr=200, noise_known=False)
     prepared = prepare(case.k_space, settings=Preparation(coils=3))
-    matrix = coil_matrix(case, prepared)
-    assert matrix.shape == (3, 5)
-    torch.testing.assert_close(
-        torch.einsum("vc,bctzyx->bvtzyx", matrix, case.k_space.data), prepared.k_space.data, atol=1e-4, rtol=1e-3
-    )
     found = reference(case, prepared)
     # CG-SENSE at this SNR is close to the truth only if the truth is in the same units, coils and phase.
     assert oracle_cg_sense(prepared, found).notes

@@ -6,6 +6,7 @@ What users get without a network is the product's CG-SENSE, whose weight follows
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from melcore import layout
 from melcore.io import bart
 from melcore.io.atomic import replacing
 from melcore.physics import conjugate_gradient
-from melcore.preprocess.preparation import Prepared, time_average
+from melcore.preprocess.preparation import Prepared, cg_sense_weight, time_average
 from training.reference import Reference
 from training.sweep import Sweep, sweep
 
@@ -56,34 +57,47 @@ def zero_filled(prepared: Prepared) -> Outcome:
     return Outcome(prepared.operator().adjoint(prepared.k_space.data))
 
 
-def oracle_cg_sense(prepared: Prepared, reference: Reference, start: float | None = None) -> Outcome:
-    """CG-SENSE with the best weight; of a series the better of penalties on the image and on its change over time."""
+def oracle_cg_sense(prepared: Prepared, reference: Reference) -> Outcome:
+    """CG-SENSE with the best weight, and the best form of its penalty.
+
+    Forms: on the image; on the image in units of what is expected of it, as the product's; and of series, both on the
+    difference from the average over time.
+    """
     operator = prepared.operator()
-    rhs, series = operator.adjoint(prepared.k_space.data), prepared.k_space.data.shape[2] > 1
-    anchors = {"": torch.zeros_like(rhs)}
-    if series:
-        anchors["towards the average over time, "] = time_average(prepared.k_space, prepared.coil_maps).expand_as(rhs)
+    adjoint = operator.adjoint(prepared.k_space.data)
+    start = float(cg_sense_weight(prepared.sigma, operator.acceleration).mean())
+    anchors: dict[str, Tensor | None] = {"": None}
+    if prepared.k_space.data.shape[2] > 1:
+        average = time_average(prepared.k_space, prepared.coil_maps).expand_as(adjoint)
+        anchors["towards the average over time, "] = average
     best: tuple[float, Outcome] | None = None
-    for words, anchor in anchors.items():
-        images: dict[float, Tensor] = {}
+    for anchored, anchor in anchors.items():
+        rhs = adjoint if anchor is None else adjoint - operator.normal(anchor.contiguous())
+        for weighted, prior in (("", torch.ones(())), ("relative to what is expected, ", prepared.prior)):
+            images: dict[float, Tensor] = {}
 
-        def measure(weight: float, anchor: Tensor = anchor, images: dict[float, Tensor] = images) -> float:
-            # The nearest weight's image is close already.
-            near = min(images, key=lambda other: abs(np.log(other / weight)), default=None)
-            solution = conjugate_gradient(
-                lambda v: operator.normal(v) + weight * v,
-                rhs + weight * anchor,
-                initial=anchor.contiguous() if near is None else images[near],
-                relative_tolerance=1e-5,
-                max_iterations=_CG_ITERATIONS,
-            )
-            images[weight] = solution.value
-            return reference.error(solution.value)
+            def solve(weight: float, rhs: Tensor = rhs, prior: Tensor = prior, images: Any = images) -> Tensor:
+                # The nearest weight's solution is close already.
+                near = min(images, key=lambda other: abs(math.log(other / weight)), default=None)
+                solution = conjugate_gradient(
+                    lambda v: prior * operator.normal(prior * v) + weight * v,
+                    prior * rhs,
+                    initial=None if near is None else images[near],
+                    relative_tolerance=1e-5,
+                    max_iterations=_CG_ITERATIONS,
+                )
+                images[weight] = solution.value
+                return prior * solution.value
 
-        found = sweep(measure, start or 30 * float(prepared.sigma.mean()) ** 2)
-        if best is None or found.error < best[0]:
-            outcome = Outcome(images[found.weight], f"{words}weight {found.weight:.3g}", found.inside, _notes(found))
-            best = found.error, outcome
+            def restored(change: Tensor, anchor: Tensor | None = anchor) -> Tensor:
+                return change if anchor is None else anchor + change
+
+            found = sweep(lambda weight: reference.error(restored(solve(weight))), start, refinements=1)
+            start = found.weight
+            if best is None or found.error < best[0]:
+                image = restored(prior * images[found.weight])
+                words = f"{anchored}{weighted}weight {found.weight:.3g}"
+                best = found.error, Outcome(image, words, found.inside, _notes(found))
     assert best is not None
     return best[1]
 
@@ -146,8 +160,8 @@ def tuned_pics(prepared: Prepared, reference: Reference, kinds: Sequence[str], c
     inside, weight = found.inside, found.weight
     if len(kinds) > 1:
         ratios = sweep(lambda ratio: measure(weight, ratio), ratio, refinements=1)
-        ratio, inside = ratios.weight, inside and ratios.inside
-        if ratios.error < found.error - 0.01:
+        moved, ratio, inside = ratios.weight != ratio, ratios.weight, inside and ratios.inside
+        if moved:
             again = sweep(lambda weight: measure(weight, ratio), weight, factor=1.7, refinements=1)
             weight, inside = again.weight, inside and again.inside
     setting = " ".join(ledger.best)

@@ -41,6 +41,8 @@ class Setup:
         Of the bundles.
     preparation
         Of cases that no bundle is for.
+    leave_out
+        Names of methods that are not tried.
     """
 
     bundles: Sequence[Bundle]
@@ -48,6 +50,7 @@ class Setup:
     folder: Path
     device: str = "auto"
     preparation: Preparation = field(default_factory=Preparation)
+    leave_out: frozenset[str] = frozenset()
 
     def fitting(self, dimensions: str) -> list[Bundle]:
         """Bundles for such data."""
@@ -125,6 +128,7 @@ def compare(case: Case, setup: Setup, progress: Callable[[str], object] = lambda
             work[name] = (common, name, _pics(kinds, setup.folder / "pics"))
     for bundle in bundles:
         work[setup.label(bundle)] = (benches[id(bundle)], f"learned {bundle.digest}", _learned(bundle, setup.device))
+    work = {name: entry for name, entry in work.items() if name not in setup.leave_out}
     rows: dict[str, Record] = {}
     digest = case.digest
     with map_cache(setup.folder / "maps"):

@@ -65,7 +65,7 @@ class Reference:
 
 def reference(case: Case, prepared: Prepared) -> Reference:
     """The reference of a case for what was prepared of it."""
-    matrix = coil_matrix(case, prepared)
+    matrix = (prepared.mixing / prepared.scale.view(-1, 1, 1))[0]  # what was done to the coils, and the scale
     complete = torch.einsum("vc,bctzyx->bvtzyx", matrix, case.complete)
     maps = prepared.coil_maps.data
     everywhere = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
@@ -91,16 +91,3 @@ def reference(case: Case, prepared: Prepared) -> Reference:
         noise = level**2 * float(inside.sum())
         floor[name] = 10 * math.log10(noise / energy) if noise > 0 and energy > 0 else -math.inf
     return Reference(image, regions, floor)
-
-
-def coil_matrix(case: Case, prepared: Prepared) -> Tensor:
-    """What preparation did to the coils, ``(virtual coil, coil)``: whitening, compression and scale in one.
-
-    It is linear and the same for all samples, so the samples before and after it tell what it was.
-    """
-    taken = case.k_space.mask.expand(1, 1, *case.k_space.data.shape[2:])[0, 0]
-    before, after = (part.data[0][:, taken].to(torch.complex128) for part in (case.k_space, prepared.k_space))
-    gram = before @ before.mH
-    # Coils that are silent or copies of others leave the matrix undetermined where it does not matter.
-    matrix = after @ before.mH @ torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
-    return matrix.to(torch.complex64)
