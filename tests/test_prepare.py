@@ -221,6 +221,12 @@ def test_undersampled_scans_are_refused_by_name(tmp_path: Path, capsys: pytest.C
     write_cfl(tmp_path / "in" / "anna", layout.k_space_to_bart(k_space.numpy()))
     assert prepare(tmp_path / "in", "-o", tmp_path / "out") == 1
     assert "not fully sampled" in capsys.readouterr().err
+    assert prepare(tmp_path / "in", "-o", tmp_path / "out", "--undersampled") == 0
+    folder, entry = only(tmp_path / "out")
+    assert (entry.kind, entry.shape) == ("undersampled", (1, 4, 1, 1, 56, 48))
+    mask = folder.read(entry, "mask")
+    assert mask.shape == (1, 1, 1, 1, 56, 1)
+    assert mask.flatten()[:4].tolist() == [False, True, False, True]
 
 
 # Many exams

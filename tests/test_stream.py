@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from melcore.errors import ConfigError, DataError
+from melcore.physics.fourier import fft, ifft
 from melcore.preprocess.calibration import calibration_region
 from melcore.preprocess.preparation import Preparation, prepare
 from tests import data_cases as cases
@@ -24,7 +25,7 @@ from training.cine import draw_cine, warp
 from training.config import MaskSettings
 from training.data import Example, Stream, base_of
 from training.fields import fourier_resample, smooth_field
-from training.measured import draw_measured
+from training.measured import _turned, draw_measured
 from training.sampling import draw_mask
 from training.simulation import _check_maps, draw_base, draw_example, draw_scan
 from training.sources import open_mixture
@@ -140,7 +141,8 @@ def test_signal_to_noise_and_acceleration_fill_their_ranges() -> None:
 
 def test_failed_maps_make_no_example() -> None:
     settings = cases.data()
-    scan = draw_scan(settings, open_mixture(settings, "train"), np.random.default_rng(3))
+    source = open_mixture(settings, "train").sources[0]
+    scan = draw_scan(settings, source, None, np.random.default_rng(3))
     combined = torch.zeros(1, 1, *scan.complete.shape[2:], dtype=torch.complex64)
     with pytest.raises(DataError, match="miss"):
         _check_maps(scan.complete, combined, 0.0, 100.0)
@@ -295,6 +297,40 @@ def test_measured_k_space_gives_its_own_signal(tmp_path: Path) -> None:
     data, signal_level = draw_measured(open_folder(tmp_path), entry, cases.data(), 1, np.random.default_rng(0))
     assert data.shape == (1, 4, 1, 1, 40, 36)
     assert 30 < signal_level < 55
+
+
+def test_undersampled_scans_are_taken_as_they_are(tmp_path: Path) -> None:
+    k_space = cases.measured(4, snr=40, shape=(1, 40, 36))
+    mask = draw_mask(
+        MaskSettings(kind="uniform lines", acceleration=(2, 2), calibration=(14, 14)),
+        (1, 40, 36),
+        1,
+        np.random.default_rng(0),
+    )
+    cases.write(tmp_path / "raw", "scan", "train", "undersampled", k_space=k_space * mask, mask=mask)
+    example = Stream(cases.data(sources=[{"folder": str(tmp_path / "raw")}]), PREPARATION)[1]
+    assert example.truth is None
+    assert torch.equal(example.prepared.k_space.mask, mask)
+    volume = cases.measured(4, snr=60, shape=(14, 18, 16))
+    lines = torch.ones(1, 1, 1, 14, 18, 1, dtype=torch.bool)
+    lines[..., ::2, :3, :] = False
+    cases.write(tmp_path / "volume", "other", "train", "undersampled", k_space=volume * lines, mask=lines)
+    plane = Stream(cases.data(sources=[{"folder": str(tmp_path / "volume")}]), Preparation(start_iterations=2))[0]
+    assert plane.prepared.k_space.data.shape[-3:] == (1, 14, 18)
+    assert torch.equal(plane.prepared.k_space.mask[0, 0, 0, 0], lines[0, 0, 0, :, :, 0])
+
+
+@pytest.mark.parametrize("size", [15, 16])
+def test_mirroring_measured_data_mirrors_the_image(size: int) -> None:
+    image = torch.zeros(2, 1, 1, size, size, dtype=torch.complex64)
+    image[:, 0, 0, size // 2 + 3, size // 2 - 4] = 1
+    places = set()
+    for seed in range(64):
+        turned = ifft(_turned(fft(image, (-2, -1)), "2d", np.random.default_rng(seed)), (-2, -1))
+        peak = int(turned[0].abs().argmax())
+        assert float(turned.abs().max()) == pytest.approx(1, abs=1e-4)
+        places.add((peak // size - size // 2, peak % size - size // 2))
+    assert places == {(a, b) for a, b in ((3, 4), (3, -4), (-3, 4), (-3, -4), (4, 3), (4, -3), (-4, 3), (-4, -3))}
 
 
 # Images

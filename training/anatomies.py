@@ -4,18 +4,20 @@ A folder holds ``NAME.safetensors`` for each subject and ``manifest.json``. A fi
 its own record in its header, so that a manifest can always be made from the files (`write_manifest`). Subjects belong
 to one split each, by a digest of their names: adding subjects never moves another.
 
-========  =====================================  ==============================================================
-kind      tensors                                what they are
-========  =====================================  ==============================================================
-planes    ``images`` (plane, channel, y, x)      pictures: channels are colours or contrasts of the same thing
-volume    ``images`` (channel, z, y, x)          magnitude or complex, in any unit
-labels    ``labels`` (z, y, x)                   whole numbers: tissues, whose contrast is drawn
-pairs     ``first``, ``second`` (slice, y, x),   two phases of a beating heart, and the optical flows between them:
-          ``forward``, ``backward``              ``second(p + forward(p)) = first(p)``, and the other way round, in
-          (slice, 2, y, x)                       voxels along y and x
-k-space   ``k_space`` (slice, coil, time, z, y,  fully sampled, whitened (noise of complex variance 2), without
-          x)                                     readout oversampling
-========  =====================================  ==============================================================
+=============  =====================================  =========================================================
+kind           tensors                                what they are
+=============  =====================================  =========================================================
+planes         ``images`` (plane, channel, y, x)      pictures: channels are colours or contrasts of one thing
+volume         ``images`` (channel, z, y, x)          magnitude or complex, in any unit
+labels         ``labels`` (z, y, x)                   whole numbers: tissues, whose contrast is drawn
+pairs          ``first``, ``second`` (slice, y, x),   two phases of a beating heart, and the optical flows between
+               ``forward``, ``backward``              them: ``second(p + forward(p)) = first(p)``, and the other way
+               (slice, 2, y, x)                       round, in voxels along y and x
+k-space        ``k_space``                            fully sampled, whitened (noise of complex variance 2), without
+               (slice, coil, time, z, y, x)           readout oversampling
+undersampled   ``k_space``, ``mask``, and maybe       the same, not fully sampled, with what was sampled, and
+               ``calibration``, ``calibration_mask``  separate calibration lines: for learning without a truth
+=============  =====================================  =========================================================
 """
 
 import hashlib
@@ -34,7 +36,7 @@ from melcore.errors import DataError
 from melcore.io.atomic import replacing
 
 Split = Literal["train", "validation", "test"]
-Kind = Literal["planes", "volume", "labels", "pairs", "k-space"]
+Kind = Literal["planes", "volume", "labels", "pairs", "k-space", "undersampled"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 _FORMAT = "mel-anatomies"
@@ -100,14 +102,26 @@ class Folder:
         DataError
             If the file is missing or damaged.
         """
+        from safetensors import SafetensorError
+
+        file = self._file(entry)
+        try:
+            part: Tensor = file.get_slice(name)[where] if where else file.get_tensor(name)
+            return part
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.path / entry.file} is missing or damaged ({error}): prepare it again.") from None
+
+    def holds(self, entry: Entry, name: str) -> bool:
+        """Whether an entry has a tensor of this name."""
+        return name in set(self._file(entry).keys())
+
+    def _file(self, entry: Entry) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
             if entry.file not in self._open:
                 self._open[entry.file] = safe_open(self.path / entry.file, framework="pt")
-            file = self._open[entry.file]
-            part: Tensor = file.get_slice(name)[where] if where else file.get_tensor(name)
-            return part
+            return self._open[entry.file]
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path / entry.file} is missing or damaged ({error}): prepare it again.") from None
 

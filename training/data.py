@@ -17,7 +17,7 @@ from melcore.preprocess.preparation import Preparation
 from training.anatomies import SPLITS, Split
 from training.config import DataSettings
 from training.example import Example, window_readout
-from training.simulation import Base, draw_base, draw_example
+from training.simulation import Base, Measured, draw_base
 from training.sources import Mixture, open_mixture
 from training.workers import Workers
 
@@ -47,7 +47,7 @@ class Drawing:
     preparation: Preparation
     mixture: Mixture
     split: Split
-    _bases: "OrderedDict[int, Base]" = field(default_factory=OrderedDict, compare=False, repr=False)
+    _bases: "OrderedDict[int, Base | Measured]" = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def __call__(self, n: int) -> Example:
         """Example n.
@@ -58,9 +58,9 @@ class Drawing:
             If it cannot be made, over and over.
         """
         base = self._base(base_of(n, self.settings.reuse))
-        return self._attempt(1, n, lambda rng: draw_example(base, self.settings, self.preparation, rng))
+        return self._attempt(1, n, lambda rng: base.draw(self.settings, self.preparation, rng))
 
-    def _base(self, number: int) -> Base:
+    def _base(self, number: int) -> Base | Measured:
         """A base; those of late are kept."""
         if number not in self._bases:
             self._bases[number] = self._attempt(

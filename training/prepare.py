@@ -66,6 +66,7 @@ class Options:
 
     labels: bool = False
     pairs: int | None = None  #: phases of a slice
+    undersampled: bool = False
     stack: bool = False  #: pictures of a folder are slices of a volume
     axes: tuple[str, ...] = ()
     voxel: Voxel = UNKNOWN
@@ -93,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--pairs", type=int, metavar="PHASES", help="pictures are two of so many phases of each slice of a heart"
     )
+    kinds.add_argument(
+        "--undersampled", action="store_true", help="raw data without a full reference, for learning without a truth"
+    )
     kinds.add_argument("--stack", action="store_true", help="pictures in a folder are the slices of one volume")
     parser.add_argument(
         "--axes", default="", metavar="A,B,...", help="of numpy arrays: slice, coil, time, channel, z, y, x"
@@ -112,14 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare; 0 when there is something usable in the folder."""
     options = Options(
-        arguments.labels,
-        arguments.pairs,
-        arguments.stack,
-        tuple(name.strip() for name in arguments.axes.split(",") if name.strip()),
-        _voxel(arguments.voxel),
-        arguments.split,
-        arguments.licence,
-        arguments.origin,
+        labels=arguments.labels,
+        pairs=arguments.pairs,
+        undersampled=arguments.undersampled,
+        stack=arguments.stack,
+        axes=tuple(name.strip() for name in arguments.axes.split(",") if name.strip()),
+        voxel=_voxel(arguments.voxel),
+        split=arguments.split,
+        licence=arguments.licence,
+        origin=arguments.origin,
     )
     if options.pairs is not None and options.pairs < 2:
         raise ConfigError(f"a heart beat has at least 2 phases, not {options.pairs} (--pairs).")
@@ -260,8 +265,10 @@ def _write(folder: Path, exam: Exam, options: Options) -> None:
     if exam.form == "raw" or (exam.form == "array" and "coil" in options.axes):
         from training.raw_files import read_raw
 
-        raw = read_raw(exam.files[0], options.axes)
-        kind, tensors, noise = "k-space", {"k_space": raw.k_space}, raw.noise
+        raw = read_raw(exam.files[0], options.axes, undersampled=options.undersampled)
+        kind, noise = "undersampled" if options.undersampled else "k-space", raw.noise
+        names = ("k_space", "mask", "calibration", "calibration_mask")
+        tensors = {name: found for name in names if (found := getattr(raw, name)) is not None}
     elif exam.form == "pairs":
         from training.heart_pairs import read_pairs
 

@@ -1,4 +1,4 @@
-"""Reads fully sampled raw data: ISMRMRD, BART, fastMRI's HDF5 and numpy, whitened and without readout oversampling."""
+"""Reads raw data: ISMRMRD, BART, fastMRI's HDF5 and numpy, whitened and without readout oversampling."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from melcore import layout
 from melcore.data import KSpace, Noise, ScanInfo
 from melcore.errors import DataError
 from melcore.io.cfl import read_cfl
+from melcore.io.load import load_k_space
 from melcore.preprocess.calibration import calibration_region
-from melcore.preprocess.noise_level import whitened_by_estimate
+from melcore.preprocess.noise_level import AirBeside, whitened_by_estimate
 from melcore.preprocess.oversampling import remove_readout_oversampling
 from training.image_files import Array, in_order, load_array
 
@@ -26,16 +27,22 @@ _LEAST_SAMPLED = 0.5
 
 @dataclass(frozen=True)
 class Raw:
-    """Fully sampled k-space ``(slice, coil, time, z, y, x)``, its noise white and of variance 2.
+    """k-space ``(slice, coil, time, z, y, x)``, its noise white and of variance 2.
 
     Attributes
     ----------
     noise
         ``"scan"`` or ``"estimated"``: what the noise was known by.
+    mask, calibration, calibration_mask
+        Of undersampled data: what was sampled, ``(slice, 1, time, z, y, x or 1)``, and the same of separate
+        calibration lines, if there are any.
     """
 
     k_space: Tensor
     noise: str
+    mask: Tensor | None = None
+    calibration: Tensor | None = None
+    calibration_mask: Tensor | None = None
 
 
 def is_fastmri(path: Path) -> bool:
@@ -49,7 +56,7 @@ def is_fastmri(path: Path) -> bool:
         return False
 
 
-def read_raw(path: Path, axes: Sequence[str] = ()) -> Raw:
+def read_raw(path: Path, axes: Sequence[str] = (), *, undersampled: bool = False) -> Raw:
     """Read one exam.
 
     Parameters
@@ -58,26 +65,46 @@ def read_raw(path: Path, axes: Sequence[str] = ()) -> Raw:
         ``.h5`` (ISMRMRD or fastMRI), ``.cfl`` or ``.npy``.
     axes
         Of numpy arrays, by the names in `AXES`.
+    undersampled
+        Keep what was sampled as it is, for learning without a truth.
 
     Raises
     ------
     DataError
-        If it cannot be read, or is not fully sampled.
+        If it cannot be read, or is not fully sampled and `undersampled` is false.
     """
+    calibration = None
     if path.suffix in (".h5", ".hdf5", ".mrd"):
-        k_space = _read_fastmri(path) if is_fastmri(path) else _read_ismrmrd(path)
+        if is_fastmri(path):
+            k_space = _read_fastmri(path)
+        else:
+            k_space, calibration = load_k_space(path)
     elif path.suffix in (".cfl", ".hdr"):
         k_space = _plain(_from_bart(read_cfl(path)))
     else:
         k_space = _plain(in_order(load_array(path), axes, AXES, path))
     if not bool(torch.isfinite(torch.view_as_real(k_space.data)).all()):
         raise DataError(f"{path} holds NaN or infinity.")
-    k_space = _sampled(k_space, path)
+    if not undersampled:
+        k_space, calibration = _sampled(k_space, path), None
     known = "scan" if k_space.noise.whitened else "estimated"
-    white = whitened_by_estimate(k_space)[0]
-    levels = torch.tensor(white.noise.level).expand(len(white.data)).clone()
-    factor = math.sqrt(2) / levels
-    return Raw((white.data * factor.view(-1, 1, 1, 1, 1, 1)).contiguous(), known)
+    k_space, calibration, _ = whitened_by_estimate(k_space, calibration)
+    factor = (math.sqrt(2) / torch.tensor(k_space.noise.level)).view(-1, 1, 1, 1, 1, 1)
+    data = (k_space.data * factor).contiguous()
+    if not undersampled:
+        return Raw(data, known)
+    mask = _compact(k_space.mask, data)
+    if calibration is None:
+        return Raw(data, known, mask)
+    return Raw(
+        data, known, mask, (calibration.data * factor).contiguous(), _compact(calibration.mask, calibration.data)
+    )
+
+
+def _compact(mask: Tensor, data: Tensor) -> Tensor:
+    """A mask of every slice, without the readout where that is sampled entirely."""
+    mask = mask[..., :1] if bool((mask.any(-1) == mask.all(-1)).all()) else mask
+    return mask.expand(len(data), 1, *data.shape[2:5], mask.shape[-1]).contiguous()
 
 
 def _plain(data: Array) -> KSpace:
@@ -95,13 +122,6 @@ def _from_bart(array: Array) -> Array:
     """BART's slices (dimension 13) become those of this layout, as its batch (15) does."""
     moved = np.moveaxis(array, 13, 15) if array.shape[13] > 1 and array.shape[15] == 1 else array
     return layout.k_space_from_bart(moved)
-
-
-def _read_ismrmrd(path: Path) -> KSpace:
-    from melcore.io.load import load_k_space
-
-    k_space, _ = load_k_space(path)
-    return k_space
 
 
 def _read_fastmri(path: Path) -> KSpace:
@@ -125,13 +145,17 @@ def _read_fastmri(path: Path) -> KSpace:
     values = torch.from_numpy(np.ascontiguousarray(data.swapaxes(2, 3)))[:, :, None, None]
     readout = values.shape[-1]
     kept = int(shown[-2]) if shown is not None and shown[-2] < readout else readout
+    lines = values.movedim(1, -2).flatten(0, -3)
+    beside = AirBeside()
+    beside.add(lines[lines.abs().sum((1, 2)) > 0], kept)
     values = remove_readout_oversampling(values, kept)
-    return KSpace(values, (values != 0).any(dim=1, keepdim=True), _info(values), Noise())
+    mask = (values != 0).any(dim=1, keepdim=True)
+    return KSpace(values, mask, _info(values), Noise(), air=beside.samples)
 
 
 def _sampled(k_space: KSpace, path: Path) -> KSpace:
     """The middle of k-space that is fully sampled, in every frame of every slice that holds something."""
-    data, mask = k_space.data, k_space.mask.expand(-1, -1, *k_space.data.shape[2:])
+    data, mask = k_space.data, k_space.mask.expand(len(k_space.data), -1, *k_space.data.shape[2:])
     alive = data.flatten(1).abs().amax(1) > 0
     if not bool(alive.any()):
         raise DataError(f"{path} holds only zeros.")
@@ -144,15 +168,13 @@ def _sampled(k_space: KSpace, path: Path) -> KSpace:
     if share < _LEAST_SAMPLED:
         raise DataError(
             f"{path} is not fully sampled: of {'x'.join(map(str, sizes))} (z, y, x) only the central "
-            f"{'x'.join(map(str, region))}; leave it out, or keep it for evaluation without a reference."
+            f"{'x'.join(map(str, region))}; leave it out, or learn from it without a truth (--undersampled)."
         )
     for axis, (size, found) in enumerate(zip(sizes, region, strict=True), -3):
         data = data.narrow(axis, size // 2 - found // 2, found)
-    level = k_space.noise.level
-    noise = (
-        replace(k_space.noise, level=tuple(v for v, a in zip(level, alive.tolist(), strict=True) if a))
-        if (len(level) == len(alive))
-        else k_space.noise
-    )
+    noise = k_space.noise
+    if len(noise.level) == len(alive):
+        levels = torch.tensor(noise.level)[alive]
+        noise = replace(noise, level=tuple(levels.tolist()))
     full = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
-    return KSpace(data, full, _info(data), noise)
+    return replace(k_space, data=data, mask=full, info=_info(data), noise=noise)

@@ -24,12 +24,13 @@ from melcore.simulate.coils import coil_maps
 from melcore.simulate.heart import random_cine
 from melcore.simulate.noise import complex_noise, random_noise_covariance
 from melcore.simulate.phantom import random_anatomy
+from training.anatomies import Entry
 from training.anatomy import Matrix, draw_anatomy
 from training.cine import draw_cine
 from training.config import DataSettings, MaskSettings
 from training.example import Example
 from training.fields import add_phase, draw_seed, log_uniform, whole
-from training.measured import draw_measured
+from training.measured import draw_measured, draw_undersampled
 from training.sampling import choose_kind, draw_mask
 from training.sources import Mixture, Source
 
@@ -84,19 +85,31 @@ class Base:
     kind: MaskSettings
     snr: float
 
+    def draw(self, settings: DataSettings, preparation: Preparation, rng: np.random.Generator) -> Example:
+        """See `draw_example`."""
+        return draw_example(self, settings, preparation, rng)
 
-def draw_scan(settings: DataSettings, mixture: Mixture, rng: np.random.Generator) -> Scan:
-    """Draw a source, an anatomy of it, and the coils that see it."""
+
+@dataclass(frozen=True)
+class Measured:
+    """A base of one example only: a scan without a truth, as it was sampled."""
+
+    example: Example
+
+    def draw(self, _settings: DataSettings, _preparation: Preparation, _rng: np.random.Generator) -> Example:
+        """The example: what is new at every step is which of its samples are held out."""
+        return self.example
+
+
+def draw_scan(settings: DataSettings, source: Source, entry: Entry | None, rng: np.random.Generator) -> Scan:
+    """Draw an anatomy of a subject, or a simulated one, and the coils that see it; a measured scan has its own."""
     # Multiples of 4 have fast Fourier transforms, and matrices of scanners are even.
     matrix = (_size(rng, settings.z), _size(rng, settings.y), _size(rng, settings.x))
     frames, coils = whole(rng, settings.frames), whole(rng, settings.coils)
-    source = mixture.choose(rng)
-    if source.folder is not None:
-        entry = source.choose(rng)
-        if entry.kind == "k-space":
-            complete, signal = draw_measured(source.folder, entry, settings, frames, rng)
-            return Scan(complete / signal, _NOISE / signal)
-    image = _draw_image(source, settings, matrix, frames, rng)
+    if source.folder is not None and entry is not None and entry.kind == "k-space":
+        complete, signal = draw_measured(source.folder, entry, settings, frames, rng)
+        return Scan(complete / signal, _NOISE / signal)
+    image = _draw_image(source, entry, settings, matrix, frames, rng)
     image = scale_to_snr(image, 1.0)
     maps = coil_maps(matrix, coils, seed=draw_seed(rng))
     covariance = random_noise_covariance(coils, rng.uniform(0, settings.correlation), seed=draw_seed(rng))
@@ -107,12 +120,11 @@ def draw_scan(settings: DataSettings, mixture: Mixture, rng: np.random.Generator
 
 
 def _draw_image(
-    source: Source, settings: DataSettings, matrix: Matrix, frames: int, rng: np.random.Generator
+    source: Source, entry: Entry | None, settings: DataSettings, matrix: Matrix, frames: int, rng: np.random.Generator
 ) -> Tensor:
     """Complex ``(time, z, y, x)``."""
     zoom = rng.uniform(*source.zoom)
-    if source.folder is not None:
-        entry = source.choose(rng)
+    if source.folder is not None and entry is not None:
         if frames > 1:
             return draw_cine(source.folder, entry, matrix, frames, zoom, settings.phase, rng)
         return draw_anatomy(source.folder, entry, matrix, zoom, settings.phase, rng)
@@ -129,7 +141,9 @@ def _draw_image(
     return add_phase(image, settings.phase, rng, smooth=False) if settings.phase > 0 else image
 
 
-def draw_base(settings: DataSettings, preparation: Preparation, mixture: Mixture, rng: np.random.Generator) -> Base:
+def draw_base(
+    settings: DataSettings, preparation: Preparation, mixture: Mixture, rng: np.random.Generator
+) -> Base | Measured:
     """Draw a scan, and estimate its maps as the scanner would.
 
     Raises
@@ -139,7 +153,12 @@ def draw_base(settings: DataSettings, preparation: Preparation, mixture: Mixture
     ToolError
         If BART fails.
     """
-    scan = draw_scan(settings, mixture, rng)
+    source = mixture.choose(rng)
+    entry = source.choose(rng)
+    if source.folder is not None and entry is not None and entry.kind == "undersampled":
+        k_space, calibration = draw_undersampled(source.folder, entry, settings, rng)
+        return Measured(Example(prepare(k_space, calibration=calibration, settings=preparation), None))
+    scan = draw_scan(settings, source, entry, rng)
     kind = choose_kind(settings.masks, rng)
     snr = _within(log_uniform(rng, settings.snr), scan)
     k_space = _measure(scan, kind, snr, rng)

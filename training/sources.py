@@ -24,9 +24,9 @@ class Source:
     entries: tuple[Entry, ...]
     zoom: tuple[float, float]
 
-    def choose(self, rng: np.random.Generator) -> Entry:
-        """One of the subjects."""
-        return self.entries[int(rng.integers(len(self.entries)))]
+    def choose(self, rng: np.random.Generator) -> Entry | None:
+        """One of the subjects; simulation has none."""
+        return self.entries[int(rng.integers(len(self.entries)))] if self.entries else None
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Mixture:
 
 def usable(entry: Entry, dimensions: Dimensions) -> bool:
     """Whether images of this kind can be drawn from a subject."""
+    measured = entry.kind in ("k-space", "undersampled")
     if dimensions == "3d":
-        volume = entry.kind in ("volume", "labels") and thick_axis(entry) is None
-        return volume or (entry.kind == "k-space" and min(entry.shape[-3:]) > 1)
-    if entry.kind == "k-space":
-        return dimensions == "2d" or entry.shape[2] > 1
+        if measured:
+            return min(entry.shape[-3:]) > 1
+        return entry.kind in ("volume", "labels") and thick_axis(entry) is None
+    if measured:
+        return dimensions == "2d" or (entry.shape[2] > 1 and entry.shape[3] == 1)
     return True
 
 
