@@ -366,7 +366,7 @@ def test_held_out_samples_prefer_the_truth() -> None:
     problem = divide(example, SelfSupervisionSettings(), Preparation(), torch.Generator().manual_seed(2))
     of_truth = held_out_terms(example.truth, problem.held_out)
     of_start = held_out_terms(problem.initial, problem.held_out)
-    assert all(float(of_truth[name]) < 0.2 * float(of_start[name]) for name in of_truth)
+    assert all(float(of_truth[name]) < 0.7 * float(of_start[name]) for name in of_truth)
 
 
 def test_learning_from_undersampled_data_alone_lowers_the_true_error(tmp_path: Path) -> None:

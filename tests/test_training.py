@@ -205,8 +205,8 @@ def test_a_real_step_takes_what_was_planned(tmp_path: Path, part: float) -> None
     """What `mel plan` predicts is what the trainer holds at its peak, optimiser and inputs included."""
     matrix = (20, 26, 40)
     model = {"iterations": 5, "regulariser": {"name": "resnet", "dimensions": 3, "channels": 16, "layers": 4}}
-    data = {"dimensions": "3d", "z": [20, 20], "y": [26, 26], "x": [40, 40], "coils": [3, 3]}
-    sections = {"model": model, "data": data, "preparation": {"coils": 3}}
+    data = {"dimensions": "3d", "z": [20, 20], "y": [26, 26], "x": [40, 40], "coils": [4, 4]}
+    sections = {"model": model, "data": data, "preparation": {"coils": 4}}
     plain = tiny(tmp_path, **sections, memory={"budget": "1GiB"})
     whole = plain.to_memory_plan(build(plain.model)).predicted_peak_bytes
     assert whole is not None

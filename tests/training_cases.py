@@ -58,7 +58,9 @@ def phantom(
     frames, z, y, x = shape
     generator = torch.Generator().manual_seed(seed)
     axes = torch.meshgrid(*(torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in (z, y, x)), indexing="ij")
-    maps = torch.stack([torch.exp(1j * (a + axes[1]) - (axes[2] - math.cos(a)) ** 2) for a in (0.3, 2.0, 4.0)])
+    angles = (0.3, 2.0, 4.0, 5.2)
+    near = [(axes[2] - math.cos(a)) ** 2 + (axes[1] - math.sin(a)) ** 2 for a in angles]
+    maps = torch.stack([torch.exp(1j * (a + axes[1]) - d) for a, d in zip(angles, near, strict=True)])
     inside = (axes[1] ** 2 + axes[2] ** 2) < 0.8
     maps = (maps / maps.abs().square().sum(0).sqrt() * inside).to(torch.complex64)[None, None, :, None]
     # Blocks: what smooths them between their edges is better than any linear method.

@@ -26,6 +26,7 @@ class Progress:
     history: tuple[Mapping[str, float], ...] = ()  #: validation metrics
     memory: Mapping[str, Any] | None = None  #: the memory plan; another one would round differently
     origin: Mapping[str, Any] | None = None  #: the bundle that the training began from
+    time_up: bool = False  #: whether `training.max_hours` of the configuration were over
 
 
 def save(

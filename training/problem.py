@@ -98,7 +98,7 @@ def place(
     target = None if example.truth is None else (example.truth * factor).to(device)
     sigma = prepared.sigma.to(device) * abs(factor)
     encoding = Encoding(operator, adjoint_data, sigma * sigma_factor)
-    return Problem(encoding, initial, target, support.to(device), sigma, prior=prepared.prior.to(device))
+    return Problem(encoding, initial, target, support.to(device), sigma, prior=prepared.prior.to(device) * abs(factor))
 
 
 def check_layout(example: Example, dimensions: str, sets: int, name: str) -> None:

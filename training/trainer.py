@@ -150,7 +150,9 @@ class Trainer:
         self.step, self.history = progress.step, [dict(h) for h in progress.history]
         self.seconds += progress.seconds
         self.origin = None if progress.origin is None else dict(progress.origin)
-        self._elapsed = self._part_of_time()
+        # Trainings end a little before their limit, so that the last validation fits in: that is not to be made up for.
+        up = progress.time_up and progress.config["training"]["max_hours"] == self.config.training.max_hours
+        self._elapsed = 1.0 if up else min(self._part_of_time(), 1 - 1e-9)
         if progress.memory is not None and progress.config["memory"] == self.config.to_dict()["memory"]:
             # Not planned anew: a plan depends on a probe of the device, and another one would round differently.
             self.memory = MemoryPlan.from_dict(progress.memory)
@@ -161,7 +163,9 @@ class Trainer:
             return
         memory = self.memory.to_dict() if self.memory else None
         history = tuple(self.history)
-        progress = checkpoint.Progress(self.step, self.seconds, self.config.to_dict(), history, memory, self.origin)
+        progress = checkpoint.Progress(
+            self.step, self.seconds, self.config.to_dict(), history, memory, self.origin, time_up=self._elapsed >= 1
+        )
         checkpoint.save(self.checkpoint, self.model, self.optimiser, progress, self.average)
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ def relative_l1(image: Tensor, truth: Tensor, support: Tensor | None = None) -> 
     error, size = (image - truth).abs(), truth.abs()
     if support is not None:
         error, size = error * support, size * support
-    return (error.flatten(1).sum(1) / size.flatten(1).sum(1)).mean()
+    return _ratio(error, size)
 
 
 def relative_l2(image: Tensor, truth: Tensor, support: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def relative_l2(image: Tensor, truth: Tensor, support: Tensor | None = None) -> 
     error, size = (image - truth).abs().square(), truth.abs().square()
     if support is not None:
         error, size = error * support, size * support
-    return (error.flatten(1).sum(1) / size.flatten(1).sum(1)).mean()
+    return _ratio(error, size)
 
 
 def relative_root(image: Tensor, truth: Tensor, support: Tensor | None = None) -> Tensor:
@@ -42,9 +42,16 @@ def relative_root(image: Tensor, truth: Tensor, support: Tensor | None = None) -
     check_images(image, truth, support)
     weight = truth.real.new_ones(()) if support is None else support
     error, size = (image - truth).abs().square() * weight, truth.abs().square() * weight
-    ratio = error.flatten(1).sum(1) / size.flatten(1).sum(1)
+    return _root(error.flatten(1).sum(1) / size.flatten(1).sum(1))
+
+
+def _ratio(error: Tensor, size: Tensor) -> Tensor:
+    return (error.flatten(1).sum(1) / size.flatten(1).sum(1)).mean()
+
+
+def _root(energy: Tensor) -> Tensor:
     # The root's derivative is infinite at 0; this shift is a millionth of the best reference's energy.
-    return ((ratio + 1e-6 * _LEAST**2).sqrt() - 1e-3 * _LEAST).mean()
+    return ((energy + 1e-6 * _LEAST**2).sqrt() - 1e-3 * _LEAST).mean()
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,18 @@ class ReconstructionLoss:
 
     def terms(self, image: Tensor, truth: Tensor, support: Tensor | None = None) -> dict[str, Tensor]:
         """Every term whose weight is not zero, as it is."""
-        region = support if self.region == "support" else None
+        check_images(image, truth, support)
+        # One difference serves all terms: each of its own would hold another image until its backward.
+        error, size = (image - truth).abs(), truth.abs()
+        if self.region == "support" and support is not None:
+            error, size = error * support, size * support
         found = {}
         if self.l1:
-            found["l1"] = relative_l1(image, truth, region)
-        if self.nrmse:
-            found["nrmse"] = relative_root(image, truth, region)
-        if self.l2:
-            found["l2"] = relative_l2(image, truth, region)
+            found["l1"] = _ratio(error, size)
+        if self.nrmse or self.l2:
+            energy = error.square().flatten(1).sum(1) / size.square().flatten(1).sum(1)
+            found |= {"nrmse": _root(energy)} if self.nrmse else {}
+            found |= {"l2": energy.mean()} if self.l2 else {}
         if self.ssim:
             found["ssim"] = (1 - ssim(image, truth, support, dimensions=self.dimensions)).mean()
         return found
