@@ -74,9 +74,13 @@ def volume(data: Path, complete: bool) -> Iterator[Case]:
 
 def grid_2d(data: Path, complete: bool) -> Iterator[Case]:
     """Slices by SNR, acceleration and mask."""
-    exams = [real_scans.brain_of_32_coils(data), real_scans.slice_of_head(data, "chris_t1")]
+    exams = [real_scans.slice_of_head(data, "chris_t1")]
     if complete:
-        exams += [real_scans.slice_of_head(data, "spm152", 0.5), real_scans.measured_brain(data)]
+        exams += [
+            real_scans.brain_of_32_coils(data),
+            real_scans.slice_of_head(data, "spm152", 0.5),
+            real_scans.measured_brain(data),
+        ]
     rates: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6, 8, 12) if complete else (1, 2, 4, 8)
     levels = (5, 10, 20, 50, 100, 200, 500, 1000) if complete else (5, 30, 1000)
     yield from _grid(exams, rates, levels, "poisson")
