@@ -271,7 +271,11 @@ def real_maps(data: Path) -> dict[str, Any]:
     from melcore.reconstruct import Reconstructor
 
     cases = [(scan, "primal_dual_2d") for scan in measured_brains(data)]
-    cases += [(beating_heart(data, 8), "primal_dual_2dt"), (head(data, 8), "primal_dual_3d"), (head(data, 8, "spm152"), "primal_dual_3d")]
+    cases += [
+        (beating_heart(data, 8), "primal_dual_2dt"),
+        (head(data, 8), "primal_dual_3d"),
+        (head(data, 8, "spm152"), "primal_dual_3d"),
+    ]
     table: dict[str, Any] = {}
     for scan, name in cases:
         scale = float(scan.k_space.data.abs().max())

@@ -3,7 +3,10 @@
 Two kinds of peers share the port. A **node** is the ``<connect>`` node of a Gadgetron's pipeline; its configuration
 holds properties only: ``target`` names one of our stages (``reconstruct`` unless given), the others are its own::
 
-    <configuration><property name="target" value="reconstruct"/><property name="model" value="primal_dual_3d"/></configuration>
+    <configuration>
+      <property name="target" value="reconstruct"/>
+      <property name="model" value="primal_dual_3d"/>
+    </configuration>
 
 A **client** of the MRD protocol (Gadgetron's own client, those of scanners) names one of the pipelines that ship, as a
 configuration file, ``mel_cartesian_3d`` or ``mel_cartesian_3d.xml``; or as a script that chooses a pipeline and sets

@@ -17,7 +17,7 @@ from melcore.io.cfl import read_cfl
 from melcore.io.load import load_k_space
 from melcore.physics import fft
 from melcore.preprocess import masks
-from melcore.preprocess.preparation import Prepared, prepare
+from melcore.preprocess.preparation import prepare
 from melcore.quality import departures
 from melcore.reconstruct import Reconstructor
 from melcore.simulate.acquisition import simulate_k_space

@@ -110,7 +110,7 @@ class PreparationSettings(Settings):
     calibration_size: Positive | None = None
     map_crop: Annotated[float, Field(ge=0, le=1)] = 0.8
     start: Literal["zero", "time average"] = "zero"
-    start_iterations: Positive = 60
+    start_iterations: Positive = 100
     start_weight: Annotated[float, Field(gt=0)] | None = None
 
 

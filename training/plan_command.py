@@ -6,7 +6,7 @@ Neither a GPU nor the data are needed, and nothing large is allocated.
 
     mel plan training/configs/modl_3d_full.yaml --shape 256,320,320 --coils 8 --memory 12GiB
     mel plan training/configs/modl_3d_full.yaml --shape 256,320,320 --coils 8 --memory 12GiB model.iterations=20 --json
-    mel plan training/configs/primal_dual_2dt.yaml --shape 1,180,200 --time 25 --coils 12 --memory 8GiB --curve curve.png
+    mel plan training/configs/primal_dual_2dt.yaml --shape 1,180,200 --time 25 --coils 12 --memory 8GiB --curve c.png
 """
 
 import argparse
