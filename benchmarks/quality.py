@@ -35,7 +35,7 @@ from melcore.errors import ConfigError, MelError
 from training.baselines import pics_kinds
 from training.cases import Case, Exam, MaskKind, make_case
 from training.comparison import CG_SENSE, ORACLE, Setup, compare
-from training.evaluate import about, report
+from training.results import about, report
 from training.summary import BEST_PICS, TOLERANCE, with_best
 
 RESULTS = Path(__file__).parent / "results"

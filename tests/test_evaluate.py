@@ -27,7 +27,8 @@ from melcore.simulate.coils import coil_maps
 from melcore.simulate.phantom import random_anatomy
 from melcore.unrolled import build
 from training.baselines import oracle_cg_sense, pics, pics_kinds, tuned_pics
-from training.cases import MASKS, Case, Exam, exam_of, make_case
+from training.case_masks import MASKS
+from training.cases import Case, Exam, exam_of, make_case
 from training.comparison import ORACLE, Setup, compare
 from training.exams import read_exams, simulated_exam
 from training.reference import reference

@@ -65,6 +65,7 @@ def oracle_cg_sense(prepared: Prepared, reference: Reference) -> Outcome:
     """
     operator = prepared.operator()
     adjoint = operator.adjoint(prepared.k_space.data)
+    # The product's own form and weight come first: an oracle is never worse.
     start = float(cg_sense_weight(prepared.sigma, operator.acceleration).mean())
     anchors: dict[str, Tensor | None] = {"": None}
     if prepared.k_space.data.shape[2] > 1:
@@ -73,7 +74,7 @@ def oracle_cg_sense(prepared: Prepared, reference: Reference) -> Outcome:
     best: tuple[float, Outcome] | None = None
     for anchored, anchor in anchors.items():
         rhs = adjoint if anchor is None else adjoint - operator.normal(anchor.contiguous())
-        for weighted, prior in (("", torch.ones(())), ("relative to what is expected, ", prepared.prior)):
+        for weighted, prior in (("relative to what is expected, ", prepared.prior), ("", torch.ones(()))):
             images: dict[float, Tensor] = {}
 
             def solve(weight: float, rhs: Tensor = rhs, prior: Tensor = prior, images: Any = images) -> Tensor:

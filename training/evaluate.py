@@ -13,15 +13,12 @@ Example:
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from melcore.bundle import Bundle
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from training.comparison import Row, Setup
 
 _BASELINES = ("cg", "pics")
-_MOST_PANELS = 16  # on the page; the folder has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +107,7 @@ def evaluate(
 
     from melcore.errors import MelError
     from training.comparison import compare
+    from training.results import report
 
     rows: list[Row] = []
     with tqdm(desc="cases", disable=quiet or not sys.stderr.isatty(), file=sys.stderr) as bar:
@@ -134,79 +131,6 @@ def evaluate(
             tqdm.write(f"left out: {one['name']}: {one['reason']}", file=sys.stderr)
         tqdm.write(f"{setup.folder / 'evaluation.html'}", file=sys.stderr)
     return rows
-
-
-def report(
-    rows: "Sequence[Row]", setup: "Setup", skipped: Sequence[dict[str, str]], command: str
-) -> tuple[str, dict[str, Any]]:
-    """Write JSON, PNGs and the page; return the table and what the JSON holds."""
-    from melcore.io.atomic import replacing
-    from training.figures import curves, panel
-    from training.report import page
-    from training.summary import summarise
-    from training.tables import text_table
-
-    figures = [row.figures for row in rows]
-    content = {
-        "about": about(setup, command),
-        "summary": summarise(figures),
-        "cases": figures,
-        "skipped": list(skipped),
-    }
-    pictures, shown = {}, {row.figures["name"] for row in _shown(rows)}
-    (setup.folder / "panels").mkdir(parents=True, exist_ok=True)
-    files: list[tuple[Path, bytes]] = []
-    for row in rows:
-        name, png = row.figures["name"], panel(row)
-        files.append((setup.folder / "panels" / f"{_file_name(name)}.png", png))
-        if name in shown:
-            pictures[name] = png
-    drawn = curves(figures)
-    files += [(setup.folder / f"{_file_name(title)}.png", png) for title, png in drawn.items()]
-    files += [
-        (setup.folder / "evaluation.json", (json.dumps(content, indent=1) + "\n").encode()),
-        (setup.folder / "evaluation.html", page(content, drawn, pictures).encode()),
-    ]
-    for path, data in files:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
-    return text_table(content["summary"], figures), content
-
-
-def about(setup: "Setup", command: str) -> dict[str, Any]:
-    """What a reader needs to repeat it."""
-    import torch
-
-    from melcore import __version__
-    from melcore.errors import MelError
-    from melcore.io import bart
-
-    try:
-        known = bart.version()
-    except MelError:
-        known = "absent"
-    return {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, bundles on {setup.device}",
-        "versions": {
-            "melcore": __version__,
-            "torch": torch.__version__,
-            "bart": known,
-            "python": platform.python_version(),
-        },
-        "bundles": [
-            {
-                "name": one.name,
-                "digest": one.digest,
-                "dimensions": one.dimensions,
-                "iterations": len(one.model.order),
-                "parameters": sum(parameter.numel() for parameter in one.model.parameters()),
-                "data": str(one.card.get("data", "")),
-            }
-            for one in setup.bundles
-        ],
-    }
 
 
 def _exams(
@@ -273,24 +197,6 @@ def _cases(
                     skipped.append({"name": name, "reason": " ".join(str(error).split())})
 
 
-def _shown(rows: "Sequence[Row]") -> "list[Row]":
-    """Cases whose images are on the page: where there are many, those in which the learned image fares worst."""
-    from training.summary import BEST, with_best
-
-    if len(rows) <= _MOST_PANELS:
-        return list(rows)
-
-    def loss(row: "Row") -> float:
-        methods = with_best(row.figures)["methods"]
-        learned = [one for name, one in methods.items() if name.startswith("learned") and "failed" not in one]
-        if not learned or BEST not in methods:
-            return 0.0
-        return max(one["object"]["nrmse_db"] for one in learned) - methods[BEST]["object"]["nrmse_db"]
-
-    worst = sorted(range(len(rows)), key=lambda index: -loss(rows[index]))[:_MOST_PANELS]
-    return [rows[index] for index in sorted(worst)]
-
-
 def _numbers(words: str, option: str, least: float) -> list[float]:
     from melcore.errors import ConfigError
 
@@ -301,11 +207,6 @@ def _numbers(words: str, option: str, least: float) -> list[float]:
     if not values or not all(least <= value < float("inf") and value > 0 for value in values):
         raise ConfigError(f"{option} takes numbers of at least {least:g} with commas between them, but got {words!r}.")
     return list(dict.fromkeys(values))
-
-
-def _file_name(title: str) -> str:
-    kept = "".join(letter if letter.isalnum() or letter in "=.+-" else "_" for letter in title)
-    return "_".join(part for part in kept.split("_") if part)
 
 
 def _command() -> str:

@@ -75,8 +75,10 @@ class Records:
 
 @functools.cache
 def code_digest() -> str:
-    """Of melcore's source: what it computes may differ once that does."""
+    """Of the source of melcore and of what judges: what they compute may differ once it does."""
     digest = hashlib.sha256()
-    for path in sorted(Path(str(melcore.__file__)).parent.rglob("*.py")):
+    here = Path(__file__).parent
+    judging = [here / f"{name}.py" for name in ("baselines", "comparison", "reference", "sweep")]
+    for path in [*sorted(Path(str(melcore.__file__)).parent.rglob("*.py")), *judging]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
