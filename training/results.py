@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,22 @@ def about(setup: Setup, command: str) -> dict[str, Any]:
                 "dimensions": one.dimensions,
                 "iterations": len(one.model.order),
                 "parameters": sum(parameter.numel() for parameter in one.model.parameters()),
-                "data": str(one.card.get("data", "")),
+                "data": _trained_on(one.card.get("data", "")),
             }
             for one in setup.bundles
         ],
     }
+
+
+def _trained_on(data: Any) -> str:
+    """What a card says of the training data, in a line."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("sources"), list):
+        return str(data)
+    words = []
+    for source in data["sources"]:
+        subjects = f", {source['subjects']} subjects" if "subjects" in source else ""
+        words.append(f"{source.get('name', '?')} ({float(source.get('share', 0)):.0%}{subjects})")
+    return f"Trained on {', '.join(words)}."
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
