@@ -3,8 +3,8 @@
 Yaman, Hosseini, Moeller, Ellermann, Ugurbil, Akcakaya: Self-supervised learning of physics-guided reconstruction
 neural networks without fully sampled reference data, Magn Reson Med 84:3172 (2020).
 
-Coil maps and scale still come from all samples: the calibration region is sampled fully, and what is held out of it
-would hardly change them. The start image is made again, for it would give the held-out samples away.
+Coil maps, scale and prior still come from all samples: the calibration region is sampled fully, and what is held out of
+it would hardly change them. The start image is made again, for it would give the held-out samples away.
 """
 
 from dataclasses import replace
