@@ -6,11 +6,11 @@ signal-to-noise ratio; 1 to 7 % elsewhere). Bounds lie between sound exams (meas
 simulated coils, at noise levels of .002 to .2) and exams with injected defects::
 
                         sound, at most          with defects, at least
-    unexplained         .16 (.10 at low noise)  .15 (one spike, two swapped lines) to .79
-    line / expected     2                       6 (a readout of spikes)
-    sample / expected   5                       12 (a spike of a third of the peak)
+    unexplained         .29 (.10 at low noise)  .15 (half of the central lines swapped) to .79
+    line / expected     1.8                     19 (one spike of a third of the peak, two readouts of spikes)
+    sample / expected   37 (one coil; 21 else)  45 (one spike) to 10000
     noise of a coil     2.6                     1000
-    energy of centre    10 and more             1 (pure noise)
+    energy of centre    10 at least             1.2 at most (pure noise)
 """
 
 import math
@@ -23,9 +23,9 @@ from melcore.preprocess.calibration import calibration_region
 from melcore.preprocess.noise_level import estimate_noise
 from melcore.preprocess.preparation import Prepared
 
-_UNEXPLAINED, _FOR_NOISE = 0.11, 0.3
+_UNEXPLAINED, _FOR_NOISE = 0.12, 0.5
 _MISFIT = 0.15**2  # of the energy of a sample: what maps may leave
-_LINE, _SAMPLE = 4.0, 8.0
+_LINE, _SAMPLE = 4.0, 50.0
 _NOISY_COIL, _WEIGHTLESS_COIL = 10.0, 0.02
 _CENTRE, _LEAST_SIGNAL = 24, 2.0
 _SHELLS = 20

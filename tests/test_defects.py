@@ -15,7 +15,7 @@ from melcore.data import CoilMaps, KSpace, Noise, ScanInfo
 from melcore.defects import defects, residuals
 from melcore.io.cfl import read_cfl
 from melcore.io.load import load_k_space
-from melcore.physics import fft
+from melcore.physics import fft, ifft
 from melcore.preprocess import masks
 from melcore.preprocess.preparation import prepare
 from melcore.quality import departures
@@ -108,8 +108,9 @@ def drifting_phase(k_space: KSpace) -> Tensor:
 
 
 def swapped_lines(k_space: KSpace) -> Tensor:
+    """Neighbours. Not one side of the centre for the other: that would be the exam of a mirrored patient."""
     data, lines = k_space.data.clone(), lines_of(k_space)
-    chosen = lines[: len(lines) // 4 * 2].tolist()
+    chosen = sorted(lines[: len(lines) // 4 * 2].tolist())
     for (t, z, y), (u, a, b) in zip(chosen[::2], chosen[1::2], strict=True):
         data[0, :, t, z, y], data[0, :, u, a, b] = k_space.data[0, :, u, a, b], k_space.data[0, :, t, z, y]
     return data
@@ -118,7 +119,7 @@ def swapped_lines(k_space: KSpace) -> Tensor:
 DEFECTS: dict[Callable[[KSpace], Tensor], str] = {
     noisy_coil: "noise of a coil|so noisy",
     pure_noise: "nothing but noise",
-    spike: "sample",
+    spike: "sample|readout",
     spiked_readout: "readout",
     clipped: "contradict",
     jumping_phase: "contradict",
@@ -137,7 +138,7 @@ def test_what_no_scanner_measures_is_doubted(dimensions: str, defect: Callable[[
 
 @pytest.mark.parametrize("dimensions", SHAPES)
 @pytest.mark.parametrize("snr", [5, 60, 500])
-@pytest.mark.parametrize("acceleration", [1.5, 6])
+@pytest.mark.parametrize("acceleration", [1.5, 5])
 def test_sound_exams_are_not_doubted(dimensions: str, snr: float, acceleration: float) -> None:
     k_space = sound(dimensions, snr, acceleration)
     assert found_in(k_space) == []
@@ -184,10 +185,7 @@ def test_an_image_that_misses_a_readout_is_doubted() -> None:
     k_space = fft(prepared.initial, (-2, -1))
     k_space[..., y, :] *= 0.5
     left = residuals(prepared.initial, prepared)
-    changed = torch.fft.fftshift(
-        torch.fft.ifft2(torch.fft.ifftshift(k_space, dim=(-2, -1)), norm="ortho"), dim=(-2, -1)
-    )
-    assert departures(residuals(changed, prepared), left)
+    assert departures(residuals(ifft(k_space, (-2, -1)), prepared), left)
     assert departures(left, left) == []
 
 
