@@ -186,7 +186,7 @@ def test_untrained_it_finds_the_minimiser_of_its_functional(name: str) -> None:
     iteration = PrimalDual(step).double()
     with torch.no_grad():
         state = iteration.start(data, problem)
-        for _ in range(6000):
+        for _ in range(2500):
             state = iteration(state, problem)
         x, stack, _ = state
         filters = step.bank.filters
