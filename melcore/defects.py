@@ -24,6 +24,7 @@ from melcore.preprocess.noise_level import estimate_noise
 from melcore.preprocess.preparation import Prepared
 
 _UNEXPLAINED, _FOR_NOISE = 0.12, 0.5
+_TOO_NOISY = 0.38  # beyond, maps of sound volumes may fail: .74 was left of one at .43
 _MISFIT = 0.15**2  # of the energy of a sample: what maps may leave
 _LINE, _SAMPLE = 4.0, 50.0
 _NOISY_COIL, _WEIGHTLESS_COIL = 10.0, 0.02
@@ -129,7 +130,7 @@ def defects(prepared: Prepared, left: list[Residual]) -> list[str]:
 def _inconsistent(left: Residual) -> list[str]:
     found = []
     bound = _UNEXPLAINED + _FOR_NOISE * left.noise
-    if left.unexplained > bound:
+    if left.noise < _TOO_NOISY and left.unexplained > bound:
         found.append(
             f"the samples contradict each other: CG-SENSE leaves {left.unexplained:.0%} of the signal unexplained, "
             f"sound data up to {bound:.0%} (clipping, wrong phases or swapped lines?)"
