@@ -200,6 +200,12 @@ class TrainingSettings(Settings):
     validation_interval: Positive = 250
     checkpoint_interval: Positive = 100
 
+    @property
+    def widest_window(self) -> int | None:
+        """Samples along the readout that any step sees; None: all."""
+        windows = [stage.readout_window for stage in self.curriculum if stage.readout_window is not None]
+        return None if self.readout_window is None else max(self.readout_window, *windows, 1)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.steps is None and self.max_hours is None:

@@ -47,6 +47,7 @@ class Drawing:
     preparation: Preparation
     mixture: Mixture
     split: Split
+    window: int | None = None
     _bases: "OrderedDict[int, Base | Measured]" = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def __call__(self, n: int) -> Example:
@@ -58,7 +59,7 @@ class Drawing:
             If it cannot be made, over and over.
         """
         base = self._base(base_of(n, self.settings.reuse))
-        return self._attempt(1, n, lambda rng: base.draw(self.settings, self.preparation, rng))
+        return self._attempt(1, n, lambda rng: base.draw(self.settings, self.preparation, rng, self.window))
 
     def _base(self, number: int) -> Base | Measured:
         """A base; those of late are kept."""
@@ -100,6 +101,8 @@ class Stream:
         ``"train"``, ``"validation"`` or ``"test"``; subjects and seeds of splits never meet.
     first, step
         Which examples will be asked for: of several processes that train together, each takes every `step`-th.
+    window
+        Samples along the readout that will be looked at, at most: no more are drawn, from a random place. None: all.
 
     Raises
     ------
@@ -108,12 +111,19 @@ class Stream:
     """
 
     def __init__(
-        self, settings: DataSettings, preparation: Preparation, split: Split = "train", *, first: int = 0, step: int = 1
+        self,
+        settings: DataSettings,
+        preparation: Preparation,
+        split: Split = "train",
+        *,
+        first: int = 0,
+        step: int = 1,
+        window: int | None = None,
     ) -> None:
         self.settings, self.split, self.step = settings, split, step
         self.mixture = open_mixture(settings, split)
         self._kept: dict[int, Example] = {}
-        task = Drawing(settings, preparation, self.mixture, split)
+        task = Drawing(settings, preparation, self.mixture, split, window)
         self._workers = Workers(
             task,
             settings.workers,

@@ -78,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
             directory.check_target(config.bundle)
         shares = team.size if config.training.batch % team.size == 0 else 1
         preparation = config.to_preparation()
-        examples = stack.enter_context(Stream(config.data, preparation, "train", step=shares))
+        examples = stack.enter_context(
+            Stream(config.data, preparation, "train", step=shares, window=config.training.widest_window)
+        )
         validation = stack.enter_context(Stream(config.data, preparation, "validation"))
         trainer = Trainer(config, examples, validation, team=team)  # type: ignore[arg-type]
         if bundle is not None:

@@ -17,7 +17,7 @@ from melcore.errors import DataError
 from melcore.physics import Sense
 from melcore.physics.fourier import fft
 from melcore.preprocess.compression import compress_coils
-from melcore.preprocess.preparation import Preparation, prepare
+from melcore.preprocess.preparation import Preparation, prepare, start_image
 from melcore.preprocess.whitening import NoiseCovariance, whitening_matrix
 from melcore.simulate.acquisition import scale_to_snr
 from melcore.simulate.coils import coil_maps
@@ -28,7 +28,7 @@ from training.anatomies import Entry
 from training.anatomy import Matrix, draw_anatomy
 from training.cine import draw_cine
 from training.config import DataSettings, MaskSettings
-from training.example import Example
+from training.example import Example, window_readout
 from training.fields import add_phase, draw_seed, log_uniform, whole
 from training.measured import draw_measured, draw_undersampled
 from training.sampling import choose_kind, draw_mask
@@ -85,9 +85,11 @@ class Base:
     kind: MaskSettings
     snr: float
 
-    def draw(self, settings: DataSettings, preparation: Preparation, rng: np.random.Generator) -> Example:
+    def draw(
+        self, settings: DataSettings, preparation: Preparation, rng: np.random.Generator, window: int | None = None
+    ) -> Example:
         """See `draw_example`."""
-        return draw_example(self, settings, preparation, rng)
+        return draw_example(self, settings, preparation, rng, window)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Measured:
 
     example: Example
 
-    def draw(self, _settings: DataSettings, _preparation: Preparation, _rng: np.random.Generator) -> Example:
+    def draw(
+        self, _settings: DataSettings, _preparation: Preparation, _rng: np.random.Generator, _window: int | None = None
+    ) -> Example:
         """The example: what is new at every step is which of its samples are held out."""
         return self.example
 
@@ -182,8 +186,22 @@ def _check_maps(complete: Tensor, combined: Tensor, noise: float, snr: float) ->
         raise DataError(f"the estimated maps miss {missed:.1%} of the signal: the coil maps have failed.")
 
 
-def draw_example(base: Base, settings: DataSettings, preparation: Preparation, rng: np.random.Generator) -> Example:
+def draw_example(
+    base: Base,
+    settings: DataSettings,
+    preparation: Preparation,
+    rng: np.random.Generator,
+    window: int | None = None,
+) -> Example:
     """Draw one example of a base: a mask, noise and its strength anew, on the path of the scanner.
+
+    Parameters
+    ----------
+    base, settings, preparation, rng
+        Where it comes from.
+    window
+        Samples along the readout that are kept, from a random place; the start image, which is what takes longest, is
+        computed for them alone. Masks that change along the readout keep all of it.
 
     Raises
     ------
@@ -196,8 +214,16 @@ def draw_example(base: Base, settings: DataSettings, preparation: Preparation, r
     exponent = 2 * least - exponent if exponent < least else 2 * most - exponent if exponent > most else exponent
     snr = _within(math.exp(min(max(exponent, least), most)), base.scan)
     k_space = _measure(base.scan, base.kind, snr, rng)
-    prepared = prepare(k_space, coil_maps=base.coil_maps, settings=preparation)
-    return Example(prepared, base.combined * snr / prepared.scale.view(-1, 1, 1, 1, 1, 1))
+    rest = k_space.data.shape[-1] - (window or math.inf)
+    if rest <= 0 or k_space.mask.shape[-1] > 1:
+        prepared = prepare(k_space, coil_maps=base.coil_maps, settings=preparation)
+        return Example(prepared, base.combined * snr / prepared.scale.view(-1, 1, 1, 1, 1, 1))
+    prepared = prepare(k_space, coil_maps=base.coil_maps, settings=replace(preparation, start_iterations=1))
+    truth = base.combined * snr / prepared.scale.view(-1, 1, 1, 1, 1, 1)
+    part = window_readout(Example(prepared, truth), int(rng.integers(int(rest) + 1)), int(window or 0))
+    p = part.prepared
+    initial = start_image(p.k_space, p.coil_maps, p.sigma, preparation, p.prior)
+    return Example(replace(p, initial=initial), part.truth)
 
 
 def _within(snr: float, scan: Scan) -> float:
