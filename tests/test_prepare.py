@@ -1,6 +1,7 @@
 """`mel prepare`: every kind of file becomes what it should; bad exams are skipped; killed anywhere, it goes on."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -172,7 +173,7 @@ def _level(k_space: torch.Tensor) -> float:
     return float(corners.abs().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("form", ["cfl", "npy", "fastmri"])
+@pytest.mark.parametrize("form", ["cfl", "npy", "fastmri", "fastmri, noise beside"])
 def test_raw_files_become_white_k_space(tmp_path: Path, form: str) -> None:
     k_space = 3e-5 * cases.measured(2, snr=50, shape=(1, 56, 48))
     (tmp_path / "in").mkdir()
@@ -184,7 +185,11 @@ def test_raw_files_become_white_k_space(tmp_path: Path, form: str) -> None:
         options = ["--axes", "coil,y,x"]
     else:
         # Twofold oversampled along the readout, which is the last axis but one; zero-filled at the sides.
+        # The air beside the field is empty, as where zeros were filled in, or holds the noise of the scan.
         wide = torch.nn.functional.pad(ifft(k_space, (-1,)), (24, 24))
+        if form != "fastmri":
+            noise = torch.randn(wide.shape, dtype=wide.dtype, generator=torch.Generator().manual_seed(1))
+            wide = torch.where(wide == 0, 3e-5 * math.sqrt(2) * noise, wide)
         with h5py.File(tmp_path / "in" / "anna.h5", "w") as file:
             file["kspace"] = np.pad(fft(wide, (-1,))[:, :, 0, 0].swapaxes(2, 3).numpy(), [(0, 0)] * 3 + [(6, 6)])
             file["reconstruction_rss"] = np.zeros((1, 48, 56), np.float32)

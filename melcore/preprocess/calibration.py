@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from melcore import layout
+from melcore.data import KSpace
 from melcore.physics.fourier import ifft
 
 
@@ -54,6 +55,37 @@ def calibration_region(mask: torch.Tensor, shape: Sequence[int] | None = None) -
     if shape is not None:
         region = [n if m == 1 else found for n, m, found in zip(shape[-3:], sampled.shape, region, strict=True)]
     return region[0], region[1], region[2]
+
+
+def units_of_calibration(k_space: KSpace, calibration: KSpace, region: tuple[int, int, int]) -> torch.Tensor:
+    """What separate calibration data are multiplied by to be as large as the k-space.
+
+    Another sequence gives its data in units of its own. The samples that both took in the middle of k-space tell the
+    ratio; where there are none, it is 1.
+
+    Parameters
+    ----------
+    k_space, calibration
+        Of the same coils, on the same grid.
+    region
+        Size ``(z, y, x)`` of the calibration region.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(batch,)``, positive, for every element of the k-space.
+    """
+    energies, taken = [], []
+    for one in (k_space, calibration):
+        data, mask = one.data, one.mask.expand(-1, -1, one.data.shape[2], *one.data.shape[3:])
+        for axis, (size, used) in enumerate(zip(data.shape[3:], region, strict=True), -3):
+            data, mask = (part.narrow(axis, size // 2 - used // 2, used) for part in (data, mask))
+        count = mask.sum((1, 2))  # (batch, z, y, x)
+        energies.append((data * mask).abs().square().sum((1, 2)) / count.clamp(min=1))
+        taken.append(count > 0)
+    both = taken[0] & taken[1]
+    wanted, found = ((energy * both).flatten(1).sum(1) for energy in energies)
+    return torch.where((wanted > 0) & (found > 0), (wanted / found).sqrt(), torch.ones_like(wanted))
 
 
 def signal_within(k_space: torch.Tensor, coil_maps: torch.Tensor, region: tuple[int, int, int]) -> tuple[float, float]:

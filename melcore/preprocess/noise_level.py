@@ -29,6 +29,7 @@ _SMALL = 16  # samples of the calibration region along an axis, below which it r
 _CLEARLY = 0.5  # of the logarithm of the variance
 _MOST_LINES = 1024
 _LEAST = 32  # samples of a coil behind any estimate
+_ROUNDING = 1e-5  # of the root mean square of the data: more than what transforms in single precision add
 _SILENT = 1e-8  # a coil whose variance is this far below the others' is dead
 
 
@@ -46,7 +47,8 @@ def estimate_noise(k_space: KSpace, index: int = 0) -> NoiseCovariance | None:
     mask = k_space.mask[min(index, len(k_space.mask) - 1)].expand(1, data.shape[1], -1, -1, -1)
     best: NoiseCovariance | None = None
     # The first have more samples: the next must be clearly lower.
-    for found in (_beside(k_space.air), _along_readout(data, mask), _centre(k_space, index), _periphery(data, mask)):
+    beside = _beside(k_space.air, data)
+    for found in (beside, _along_readout(data, mask), _centre(k_space, index), _periphery(data, mask)):
         if found is not None and (best is None or _level(found.matrix) < _level(best.matrix) - _CLEARLY):
             best = found
     return best
@@ -229,9 +231,12 @@ def _quietest(samples: Tensor, energy: Tensor, lines: int) -> NoiseCovariance | 
     return _covariance(part.unflatten(2, (lines, -1))[:, :, quiet].flatten(1))
 
 
-def _beside(air: Tensor | None) -> NoiseCovariance | None:
-    """From the air beside the field, ``(line, coil, window, x)``."""
-    if air is None:
+def _beside(air: Tensor | None, data: Tensor) -> NoiseCovariance | None:
+    """From the air beside the field, ``(line, coil, window, x)``.
+
+    Nothing if it is empty but for errors of rounding: then somebody removed the oversampling, and filled zeros in.
+    """
+    if air is None or float(air.abs().square().mean()) <= _ROUNDING**2 * float(data.abs().square().mean()):
         return None
     energy = air.abs().square().sum((1, 3)).median(0).values
     return _quietest(air.permute(2, 1, 0, 3).flatten(2), energy, len(air))

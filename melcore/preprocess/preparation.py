@@ -14,7 +14,7 @@ from torch import Tensor
 from melcore.data import CoilMaps, KSpace
 from melcore.errors import DataError, ShapeError
 from melcore.physics import LinearOperator, Sense, conjugate_gradient
-from melcore.preprocess.calibration import calibration_region, signal_within
+from melcore.preprocess.calibration import calibration_region, signal_within, units_of_calibration
 from melcore.preprocess.compression import compress_coils, virtual_coils
 from melcore.preprocess.noise_level import whitened_by_estimate
 from melcore.preprocess.scaling import low_resolution_image, scale_within
@@ -133,7 +133,7 @@ def prepare(
     k_space
         Without readout oversampling.
     calibration
-        Separate calibration data on the same grid; by default the centre of `k_space` itself.
+        Separate calibration data on the same grid, in units of their own; by default the centre of `k_space` itself.
     coil_maps
         Maps of the coils as they are; then neither compression nor estimation takes place.
     settings
@@ -177,6 +177,9 @@ def prepare(
     blurring = (min(region[0], _BLURRING), min(region[1], _BLURRING), min(region[2], _BLURRING))
     level = torch.tensor(source.noise.level, device=source.data.device)
     blurred, gain = low_resolution_image(source.data, coil_maps.data, blurring)
+    if calibration is not None:
+        units = units_of_calibration(k_space, source, blurring)
+        blurred, level = blurred * units.view(-1, 1, 1, 1, 1, 1), level * units
     support = signal_support(blurred, coil_maps.data, gain * level, eigenvalues, settings.map_crop)
     covered, explained = signal_within(source.data, coil_maps.data, region)
     if covered < _LEAST_COVERED:
@@ -188,7 +191,7 @@ def prepare(
     k_space = replace(k_space, data=k_space.data / scale.view(-1, 1, 1, 1, 1, 1))
     sigma = (torch.tensor(k_space.noise.level, device=scale.device) / scale).to(torch.float32).clamp(min=_LEAST_SIGMA)
     scales = scale.view(-1, 1, 1, 1, 1, 1)
-    prior = image_prior(blurred / scales, gain * sigma, support)
+    prior = image_prior(blurred / scales, gain * (level / scale).to(sigma).clamp(min=_LEAST_SIGMA), support)
     initial = start_image(k_space, coil_maps, sigma, settings, prior)
     known: Literal["scan", "estimated"] = "estimated" if k_space.noise.source == "estimated" else "scan"
     return Prepared(
