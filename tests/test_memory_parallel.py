@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from melcore.memory import MemoryPlan
 from melcore.physics import Sense
-from melcore.unrolled import Encoding, Unrolled
+from melcore.unrolled import Encoding, Unrolled, build
 
 NETWORK = NETWORKS[0]
 
@@ -38,18 +38,22 @@ class Loss(nn.Module):
         return self.made.refine(problem, data, memory=self.plan).abs().square().sum()
 
 
-def make() -> Unrolled:
-    return model(NETWORK.make, count=3)
+def make(scheme: str) -> Unrolled:
+    if scheme == "modl":
+        return model(NETWORK.make, count=3)
+    torch.manual_seed(5)
+    network = {"name": "shrinkage", "dimensions": 2, "filters": 4, "maps": 2, "channels": 4}
+    return build({"scheme": scheme, "iterations": 3, "regulariser": network}).double()
 
 
-def _process(rank: int, folder: str, executor: Any, kind: str) -> None:
+def _process(rank: int, folder: str, executor: Any, kind: str, scheme: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        made = make()
+        made = make(scheme)
         calls: dict[str, int] = {}
         if kind == "ddp":
-            for name, parameter in made.named_parameters():
+            for name, parameter in _learned(made):
                 parameter.register_post_accumulate_grad_hook(
                     lambda _, name=name: calls.__setitem__(name, calls.get(name, 0) + 1)
                 )
@@ -64,7 +68,7 @@ def _process(rank: int, folder: str, executor: Any, kind: str) -> None:
             wrapped.zero_grad()
             wrapped(rank).backward()
         found = {}
-        for name, parameter in made.named_parameters():
+        for name, parameter in _learned(made):
             grad = parameter.grad
             assert grad is not None
             found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
@@ -74,14 +78,27 @@ def _process(rank: int, folder: str, executor: Any, kind: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("kind", "executor"), [("ddp", "store"), ("ddp", "checkpoint"), ("fsdp", "store")])
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path, kind: str, executor: Any) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path), executor, kind), nprocs=2)
+def _learned(made: Unrolled) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in made.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("kind", "executor", "scheme"),
+    [
+        ("ddp", "store", "modl"),
+        ("ddp", "checkpoint", "modl"),
+        ("fsdp", "store", "modl"),
+        ("ddp", "store", "primal_dual"),
+        ("ddp", "plain", "primal_dual"),
+    ],
+)
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, kind: str, executor: Any, scheme: str) -> None:
+    torch.multiprocessing.spawn(_process, (str(tmp_path), executor, kind, scheme), nprocs=2)
     result = torch.load(tmp_path / "result.pt")
-    made = make()
+    made = make(scheme)
     loss = Loss(made, "plain")
     ((loss(0) + loss(1)) / 2).backward()
-    expected = {name: p.grad for name, p in made.named_parameters() if kind == "ddp" or p.ndim > 0}
+    expected = {name: p.grad for name, p in _learned(made) if kind == "ddp" or p.ndim > 0}
     result["gradients"] = {name: value for name, value in result["gradients"].items() if name in expected}
     assert distance(result["gradients"], expected) < 1e-12  # type: ignore[arg-type]
     if kind == "ddp":
