@@ -237,5 +237,7 @@ def text_of(summary: dict[str, Any]) -> str:
     ]
     if summary["whitened"] is False:
         lines.append("no noise scan came before the data: not whitened")
+    elif str(summary["whitened"]).startswith("by the noise of the data"):
+        lines.append("no noise scan came before the data: the noise was estimated from them, and whitened by that")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)

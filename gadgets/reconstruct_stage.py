@@ -211,12 +211,18 @@ def story(result: "Reconstruction", model: str, protocol: str, noise: "Noise") -
         "MEL_path_taken": result.path_taken,
         "MEL_warning": "; ".join(filter(None, (result.warning, *result.remarks))),
         "MEL_doubts": "; ".join(result.doubts),
-        "MEL_whitened": "upstream, given a noise scan" if noise.source == "upstream" else f"{noise.whitened}".lower(),
+        "MEL_whitened": _whitening(result, noise),
     }
     figures = {"quality": result.quality, "seconds": result.timings}
     story |= {f"MEL_{kind}_{name}": f"{value:.6g}" for kind, some in figures.items() for name, value in some.items()}
     story |= {f"MEL_provenance_{step}": words for step, words in result.image.info.provenance.items()}
     return {name: value for name, value in story.items() if value}
+
+
+def _whitening(result: "Reconstruction", noise: "Noise") -> str:
+    if "noise" in result.image.info.provenance:  # there was no noise scan
+        return "by the noise of the data themselves"
+    return "upstream, given a noise scan" if noise.source == "upstream" else f"{noise.whitened}".lower()
 
 
 def to_k_space(bit: ReconBit, header: Header) -> tuple["KSpace", "KSpace | None", Array]:

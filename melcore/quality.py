@@ -18,6 +18,7 @@ _WORST_LINE = 36.0
 _LEAST_IN_MAPS = 0.8
 # How far beyond what a network was trained on it may go: it is local, so the matrix matters least.
 _ACCELERATION_BEYOND, _MATRIX_BEYOND = 1.25, 4.0
+_HARDLY_ACCELERATED = 1.1
 
 
 def data_residual(image: torch.Tensor, prepared: Prepared) -> float:
@@ -104,8 +105,10 @@ def _beyond_training(acceleration: float, prepared: Prepared, card: Mapping[str,
     rates = [rate for mask in data.get("masks", []) for rate in mask.get("acceleration") or []]
     if rates and acceleration > _ACCELERATION_BEYOND * max(rates):
         found.append(f"the acceleration is {acceleration:.1f}, but the network was trained for {max(rates):g} at most")
-    coils, most = prepared.k_space.data.shape[1], config.get("preparation", {}).get("coils")
-    if "coils" in data:
+    # Those of the array: how many virtual ones rise above the noise says nothing of the training. Without acceleration
+    # the coils need not encode anything.
+    coils, most = prepared.mixing.shape[2], config.get("preparation", {}).get("coils")
+    if "coils" in data and acceleration > _HARDLY_ACCELERATED:
         least = min(data["coils"][0], most or data["coils"][0])
         if coils < least:
             found.append(f"there are {coils} coils, but the network was trained with {least} at least")

@@ -59,22 +59,23 @@ def reconstruct_samples(
     _check(samples)
     settings = settings or Preparation()
     begin = time.perf_counter()
-    retained = 1.0
+    retained, support = 1.0, None
     if coil_maps is None:
         # Imported here: estimating maps starts a program, which those who bring their own maps do not need.
-        from melcore.io.bart import estimate_coil_maps
+        from melcore.io.bart import MapSettings, estimate_maps
 
         if settings.coils is not None and settings.coils < samples.data.shape[1]:
             matrix, retained = coil_compression_matrix(samples.data, settings.coils)
             samples = replace(samples, data=compress_coils(samples.data, matrix))
         calibration = calibration_from_samples(samples, settings.calibration_size or 24)
-        coil_maps = estimate_coil_maps(
-            calibration,
-            method=settings.map_method,
-            sets=settings.map_sets,
-            calibration_size=settings.calibration_size,
-            crop=settings.map_crop,
+        wanted = MapSettings(
+            settings.map_method, settings.map_sets, calibration_size=settings.calibration_size, crop=0.0
         )
+        estimate = estimate_maps(calibration, wanted)
+        coil_maps = estimate.coil_maps
+        if estimate.eigenvalues is not None:
+            support = estimate.eigenvalues > settings.map_crop
+            coil_maps.data[:, 1:] *= support[:, 1:].unsqueeze(2)
     density, steps = sample_density(samples)
     root = density.sqrt()
     operator = NonUniformSense(coil_maps.data, samples.trajectory, weights=root, time=samples.data.shape[2])
@@ -95,11 +96,10 @@ def reconstruct_samples(
     timings["reconstruct"] = time.perf_counter() - begin - timings["prepare"]
     quality = {
         "data_residual": float((operator(image) - weighted).norm() / weighted.norm()),
-        "map_support": float((coil_maps.data.abs().sum(2) > 0).float().mean()),
+        "map_support": float(((coil_maps.data != 0).any(2) if support is None else support)[:, 0].float().mean()),
         "readouts": _per_frame(samples.taken),
         "retained_energy": retained,
     }
-    image = image * (coil_maps.data.abs().sum(2) > 0)
     if not bool(torch.isfinite(torch.view_as_real(image)).all()):
         raise DataError("the image is not finite: are samples extremely large?")
     timings["total"] = time.perf_counter() - begin
